@@ -1,0 +1,1 @@
+"""Tools of the tests: a PTX interpreter, stand-in GPU drivers, readers of machine code. None of them needs a GPU."""
