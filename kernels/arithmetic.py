@@ -1,0 +1,63 @@
+"""Correctly rounded arithmetic that reads the same for fp32 and fp64; the update functions are written with it.
+
+On fp32, Triton's `/` and `tl.sqrt` are approximations; its `_rn` forms are exact but refuse fp64, where the plain ones
+are exact.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def div(a, b):
+    """a / b, rounded once."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def sqrt(a):
+    """The square root of a, rounded once."""
+    if a.dtype == tl.float64:
+        return tl.sqrt(a)
+    else:
+        return tl.sqrt_rn(a)
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger of a and b; NaN where one of them is NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def lerp_weight(w):
+    """torch.lerp(a, b, w) = fma(lerp_weight, b - a, lerp_from_end ? b : a): torch starts from the nearer end."""
+    return tl.where((w < 0.5) & (w > -0.5), w, w - 1)
+
+
+@triton.jit
+def lerp_from_end(w):
+    return tl.where((w < 0.5) & (w > -0.5), 0.0, 1.0)
+
+
+@triton.jit
+def power(base, exponent):
+    """base ** exponent of fp64 numbers, the exponent whole and not negative, by repeated squaring.
+
+    Every product carries along what its rounding lost: 1 - beta ** t would magnify it a thousandfold at beta = 0.999.
+    """
+    result, result_lost, base_lost = base * 0 + 1, base * 0, base * 0
+    exponent = exponent.to(tl.int64)
+    while exponent > 0:
+        if exponent & 1:
+            product = result * base
+            result_lost = tl.fma(result, base, -product) + (result * base_lost + result_lost * base)
+            result = product
+        product = base * base
+        base_lost = tl.fma(base, base, -product) + 2 * base * base_lost
+        base = product
+        exponent >>= 1
+    return result + result_lost

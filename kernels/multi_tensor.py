@@ -1,0 +1,206 @@
+"""The GPU machinery: a kernel that steps every tensor of a launch, one that prepares its scalars, and launching them.
+
+It finds the elements of many tensors, loads them, hands them to an algorithm's `update` and stores what comes back. It
+knows no optimizer, only modules that have SLOTS, SCALARS, HYPERS, `update` and `scalars`. Filling the arrays below,
+uploading them, streams and devices are the caller's.
+
+    launcher = update_launcher("adam", 0b011, torch.float32, torch.float32, device=0)    # compiles once
+    launcher.launch(programs, stream, work, table, scalars)                              # integers, all of them
+
+A launch serves the tensors that share the algorithm, the state slots in use (a bit mask), the dtype of param and grad,
+and the dtype of their state. It reads three arrays in device memory, each aligned to 8 bytes. In one buffer and in
+this order they need one upload, of what lies behind the first change: work changes with the shapes, table with the
+addresses, scalars with every step.
+
+    work     int64[programs]              row << 32 | chunk: one program steps the elements from chunk * CHUNK up to
+                                          (chunk + 1) * CHUNK of the tensor in this row of the table. Each chunk of
+                                          each tensor once, in any order.
+    table    int64[rows, 4 + len(SLOTS)]  a row per tensor: numel; its row of scalars; the addresses of param and grad;
+                                          the address of each state slot in the order of SLOTS, 0 if it is not in use.
+                                          All of them dense, in the same element order, aligned to their dtype.
+    scalars  T[rows, len(SCALARS)]        in the order of SCALARS; tensors may share a row. T is fp64 for fp64
+                                          parameters, else fp32.
+
+The host cannot change what a captured graph reads from it, so `prepare` counts the steps and computes the scalars on
+the device, from an array of addresses; the update follows on the same stream and reads row i of scalars for row i.
+
+    hypers   int64[rows, 1 + len(HYPERS)] device addresses of the step count and of each hyper-parameter in the order
+                                          of HYPERS. They hold fp64 numbers, or fp32 where 1 is added to the address.
+                                          Rows may share hyper-parameters but not step counts, which go up by one; an
+                                          algorithm without one gets a cell of its own, 0 before the first step.
+"""
+
+import functools
+import importlib
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import driver
+
+CHUNK = 1024  # elements per program; the best of a cycle model, to be tuned again on hardware
+WARPS = 4  # per program
+BLOCK_BYTES = 4096  # of the compute type, at a time: 8 fp32 or 4 fp64 numbers of each tensor in a thread's registers
+VECTOR_BYTES = 16  # the widest load and store
+
+
+@triton.jit
+def _pointer(address, base, dtype: tl.constexpr):
+    return address.to(tl.pointer_type(dtype)) + base
+
+
+@triton.jit
+def _aligned_pointer(address, base, dtype: tl.constexpr):
+    # Triton takes the hint only on a pointer, and only where it is made. Without it nothing is 128 bits wide.
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)) + base, 16)
+
+
+@triton.jit
+def _step(param_ptr, grad_ptr, state_ptrs, offsets, mask, h,
+          update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, T: tl.constexpr):
+    param = tl.load(param_ptr + offsets, mask).to(T)
+    grad = tl.load(grad_ptr + offsets, mask).to(T)
+    state = ()
+    for slot in tl.static_range(SLOTS):
+        state = state + (tl.load(state_ptrs[slot] + offsets, mask).to(T) if (USED >> slot) & 1 else 0,)
+    param, state = update(param, grad, state, h, USED)
+    tl.store(param_ptr + offsets, param.to(param_ptr.dtype.element_ty), mask)
+    for slot in tl.static_range(SLOTS):
+        if (USED >> slot) & 1:
+            tl.store(state_ptrs[slot] + offsets, state[slot].to(state_ptrs[slot].dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["work", "table", "scalars"])
+def multi_tensor_update(work, table, scalars,
+                        update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, SCALARS: tl.constexpr,
+                        PARAM: tl.constexpr, STATE: tl.constexpr,
+                        CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr):
+    """One program: one chunk of one tensor, BLOCK elements at a time in vectors of VEC, the rest TAIL at a time."""
+    T: tl.constexpr = scalars.dtype.element_ty
+    entry = tl.load(work + tl.program_id(0))
+    row = table + (entry >> 32) * (4 + SLOTS)
+    base = (entry & 0xffffffff) * CHUNK
+    numel = tl.minimum(tl.load(row) - base, CHUNK).to(tl.int32)
+    scalars += tl.load(row + 1) * SCALARS
+    h = ()
+    for i in tl.static_range(SCALARS):
+        h = h + (tl.load(scalars + i),)
+    param = tl.load(row + 2)
+    grad = tl.load(row + 3)
+    bits = param | grad
+    state = ()
+    for slot in tl.static_range(SLOTS):
+        address = tl.load(row + 4 + slot)
+        bits |= address
+        state = state + (address,)
+
+    vectors = numel // VEC
+    if (bits & 15) != 0:
+        vectors = 0  # not all are aligned: one by one then
+    param_ptr = _aligned_pointer(param, base, PARAM)
+    grad_ptr = _aligned_pointer(grad, base, PARAM)
+    state_ptrs = [_aligned_pointer(address, base, STATE) for address in state]
+    # The mask must be constant along a vector, and be seen to be: a mask on the rows of a two-dimensional block is.
+    vector = tl.arange(0, BLOCK // VEC)[:, None]
+    column = tl.arange(0, VEC)[None, :]
+    for start in range(0, vectors, BLOCK // VEC):
+        _step(param_ptr, grad_ptr, state_ptrs, vector * VEC + column, (start + vector < vectors) & (column >= 0),
+              h, update, USED, SLOTS, T)
+        param_ptr += BLOCK
+        grad_ptr += BLOCK
+        state_ptrs = [pointer + BLOCK for pointer in state_ptrs]
+
+    param_ptr = _pointer(param, base, PARAM)
+    grad_ptr = _pointer(grad, base, PARAM)
+    state_ptrs = [_pointer(address, base, STATE) for address in state]
+    for start in range(vectors * VEC, numel, TAIL):
+        offsets = start + tl.arange(0, TAIL)
+        _step(param_ptr, grad_ptr, state_ptrs, offsets, offsets < numel, h, update, USED, SLOTS, T)
+
+
+@triton.jit
+def _pointers(address):
+    """A number's fp32 and fp64 pointers, and which it is: for masks, since branches would make every load wait."""
+    single = (address & 1) != 0
+    return (address - 1).to(tl.pointer_type(tl.float32)), address.to(tl.pointer_type(tl.float64)), single
+
+
+@triton.jit
+def _number(address):
+    single_ptr, double_ptr, single = _pointers(address)
+    return tl.where(single, tl.load(single_ptr, single, 0.0).to(tl.float64), tl.load(double_ptr, single == 0, 0.0))
+
+
+@triton.jit
+def _count(address):
+    single_ptr, double_ptr, single = _pointers(address)
+    single_step = tl.load(single_ptr, single, 0.0) + 1
+    double_step = tl.load(double_ptr, single == 0, 0.0) + 1
+    tl.debug_barrier()  # all lanes have read before one writes
+    tl.store(single_ptr, single_step, single)
+    tl.store(double_ptr, double_step, single == 0)
+    return tl.where(single, single_step.to(tl.float64), double_step)
+
+
+@triton.jit(do_not_specialize=["hypers", "scalars"])
+def multi_tensor_prepare(hypers, scalars, compute: tl.constexpr, HYPERS: tl.constexpr, SCALARS: tl.constexpr):
+    """One program: the step count and the scalars of one row."""
+    T: tl.constexpr = scalars.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    hypers += program * (1 + HYPERS)
+    scalars += program * SCALARS
+    addresses = ()
+    for i in tl.static_range(HYPERS):
+        addresses = addresses + (tl.load(hypers + 1 + i),)
+    step = _count(tl.load(hypers))
+    h = compute([_number(address) for address in addresses], step, T)
+    for i in tl.static_range(SCALARS):
+        tl.store(scalars + i, h[i].to(T))
+
+
+class Launcher:
+    """A kernel compiled for the current device and loaded there; `launch` does not compile, check, allocate or wait."""
+
+    def __init__(self, kernel, pointers, constants, warps):
+        # `/` and `sqrt` are never fused, but a * b + c would be.
+        self.compiled = kernel.warmup(*pointers, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=False)
+        self._run = self.compiled.run  # loads it
+        self._kernel = (self.compiled.function, self.compiled.packed_metadata, None, None, None)  # no profiler's hooks
+        self._constants = constants
+
+    def launch(self, programs, stream, *addresses):
+        """Run `programs` > 0 programs on `stream` (its handle) of the device, on arrays at these addresses on it."""
+        self._run(programs, 1, 1, stream, *self._kernel, *addresses, *self._constants)
+
+
+@functools.cache
+def update_launcher(algorithm, used, dtype, state_dtype, device):
+    """The Launcher of (work, table, scalars) for a module of this package, a mask of its SLOTS and two torch dtypes.
+
+    device is the index of the device, which must be the current one.
+    """
+    module = importlib.import_module(f".{algorithm}", __package__)
+    compute = compute_dtype(dtype)
+    block = BLOCK_BYTES // compute.itemsize
+    vector = VECTOR_BYTES // max(dtype.itemsize, state_dtype.itemsize)
+    tail = WARPS * driver.active.get_current_target().warp_size  # a lane each, or two lanes would share an element
+    constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
+                 CHUNK, block, vector, tail)
+    return Launcher(multi_tensor_update, (torch.int64, torch.int64, compute), constants, WARPS)
+
+
+@functools.cache
+def prepare_launcher(algorithm, dtype, device):
+    """The Launcher of (hypers, scalars), one program per row, for parameters of this torch dtype; device as above."""
+    module = importlib.import_module(f".{algorithm}", __package__)
+    constants = (module.scalars, len(module.HYPERS), len(module.SCALARS))
+    return Launcher(multi_tensor_prepare, (torch.int64, compute_dtype(dtype)), constants, warps=1)
+
+
+def compute_dtype(dtype):
+    """T, the dtype of the arithmetic and of the scalars, for parameters of a torch dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _triton(dtype):
+    return getattr(tl, str(dtype).removeprefix("torch."))
