@@ -222,7 +222,7 @@ class Machine:
         here = np.isin(self._program, self._program[lanes])
         if (here & self._live & ~arrived).any():
             raise Divergence("not all threads of the program are here")
-        self._epoch[lanes] += 1
+        self._epoch = self._epoch + arrived  # a new array: the log keeps the old one
 
     # Registers: unsigned bit patterns (bool for predicates), never changed in place
 
@@ -298,7 +298,8 @@ class Machine:
             self.memory[f"{name} bytes"] += size * len(address)
             self.memory[f"{name} sectors"] += len(np.unique(np.stack([warp, address // 32]), axis=1).T)
             self.memory[f"{name} requests"] += len(np.unique(warp))
-        return (address - LOWEST_ADDRESS) // size
+        index: np.ndarray = (address - LOWEST_ADDRESS) // size
+        return index
 
 
 def _all_memory(kind: str, count: int) -> np.ndarray:
@@ -312,8 +313,7 @@ def _all_memory(kind: str, count: int) -> np.ndarray:
             "data": (LOWEST_ADDRESS, False),
         }
 
-    view: np.ndarray = np.array(Memory(), copy=False)
-    return view
+    return np.asarray(Memory())
 
 
 def _merge_ranges(ranges: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -357,7 +357,7 @@ def _check_races(log: Sequence[_Access], threads: int) -> None:
 
 _CACHE_HINTS = r"(?:\.(?:ca|cg|cs|cv|wb|wt|L1::evict_\w+|L1::no_allocate))*"
 _MEMORY = re.compile(
-    rf"(ld|st)\.(global|shared){_CACHE_HINTS}(\.L2::cache_hint)?(?:\.v([248]))?\.([busf](?:8|16|32|64))"
+    rf"(ld|st)\.(global|shared){_CACHE_HINTS}(\.L2::cache_hint)?(?:\.v([24]))?\.([busf](?:8|16|32|64))"
 )
 
 
@@ -373,6 +373,8 @@ def _bind(instruction: Instruction, kernel: Kernel) -> Execute | None:
             return _bind_operation(operation, operands, wider=opcode.startswith("cvt."), kernel=kernel)
         if match := _MEMORY.fullmatch(opcode):
             name, space, hint, count, kind = match.groups()
+            if int(count or 1) * bits_of(kind) > 128:
+                raise Refused("more than 128 bits at once")
             bind = _bind_load if name == "ld" else _bind_store
             return bind(space, kind, int(count or 1), operands[: 2 if hint is None else -1], kernel)
         if match := re.fullmatch(r"ld\.param\.([busf](?:16|32|64))", opcode):
@@ -446,11 +448,19 @@ def _bind_operation(operation: Operation, operands: Sequence[Operand], wider: bo
     return execute
 
 
+def _part(kind: str, items: Sequence[Operand]) -> str:
+    """The type of the parts into which a register of a type is cut."""
+    bits, remainder = divmod(bits_of(kind), len(items))
+    if remainder or f"u{bits}" not in NUMPY:
+        raise Refused(f"{kind} in {len(items)} parts")
+    return f"u{bits}"
+
+
 def _bind_move(kind: str, operands: Sequence[Operand], kernel: Kernel) -> Execute:
     """A copy, or the packing or unpacking of a register from or into narrower ones, the lowest bits first."""
     destination, source = operands
     if isinstance(destination, Vector):
-        part = f"u{bits_of(kind) // len(destination.items)}"
+        part = _part(kind, destination.items)
         registers = [_register(item, part) for item in destination.items]
         read = _reader(source, f"u{bits_of(kind)}", kernel)
 
@@ -462,7 +472,7 @@ def _bind_move(kind: str, operands: Sequence[Operand], kernel: Kernel) -> Execut
         return unpack
     register = _register(destination, kind)
     if isinstance(source, Vector):
-        part = f"u{bits_of(kind) // len(source.items)}"
+        part = _part(kind, source.items)
         readers = [_reader(item, part, kernel) for item in source.items]
         whole = NUMPY[f"u{bits_of(kind)}"]
 
