@@ -9,9 +9,19 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from tests.tools import ptx, ptx_ops
 from tests.tools.ptx_ops import NUMPY, bits_of
+
+try:
+    import triton
+    import triton.language as tl
+
+    from tests.tools import driver
+except ImportError:
+    triton = None
+needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed: pip install triton")
 
 THREADS = 128
 HEADER = ".version 8.0\n.target sm_90a\n.address_size 64\n"
@@ -597,3 +607,76 @@ def test_a_launch_must_fit_the_kernel():
             machine.launch((1,), arguments)
     with pytest.raises(ptx.PTXError, match="threads"):
         machine.launch((1,), [bytes(8)], threads=64)
+
+
+# The stand-in driver: a real kernel from Triton's source to memory
+
+if triton:
+
+    @triton.jit
+    def add_scaled(out_ptr, x_ptr, n, alpha, BLOCK: tl.constexpr):
+        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < n
+        out = tl.load(out_ptr + offsets, mask)
+        wide = tl.float64 if out.dtype == tl.float64 else tl.float32
+        x = tl.load(x_ptr + offsets, mask).to(wide)
+        tl.store(out_ptr + offsets, tl.fma(x, alpha.to(wide), out.to(wide)).to(out.dtype), mask)
+
+
+def samples(dtype, n=1001):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, generator=generator).to(dtype) for _ in range(2)]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "arch, dtype",
+    [*product((80, 90, 100), (torch.float32, torch.bfloat16)), (90, torch.float16), (90, torch.float64)],
+)
+def test_a_kernel_launched_on_cpu_tensors_runs(arch, dtype):
+    out, x = samples(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    # 0.5 times anything is exact: one rounding to the wide type, one to the stored
+    expected = (out.to(wide) + 0.5 * x.to(wide)).to(dtype)
+    with driver.installed(arch, ranges=[out, x], races=True, counts=True) as gpu:
+        add_scaled[(4,)](out, x, 1001, 0.5, BLOCK=256, num_warps=2, enable_fp_fusion=False)
+    assert torch.equal(out, expected)
+    (launch,) = gpu.launches
+    assert (launch.name, launch.grid, launch.num_warps) == ("add_scaled", (4, 1, 1), 2)
+    assert launch.parameters[:2] == [struct.pack("<Q", tensor.data_ptr()) for tensor in (out, x)]
+    assert f".target sm_{arch}" in launch.ptx
+    assert launch.machine.memory["load bytes"] == 2 * out.nbytes
+    assert launch.machine.memory["store bytes"] == out.nbytes
+
+
+@needs_triton
+def test_a_compiled_kernel_runs_on_raw_addresses_and_compiles_nothing_again():
+    out, x = samples(torch.float32)
+    expected = out + 0.5 * x + 0.25 * x
+    with driver.installed(ranges=[out, x]) as gpu:
+        compiled = add_scaled[(4,)](out, x, 1001, 0.5, BLOCK=256, enable_fp_fusion=False)
+        loaded = len(driver._functions)
+        compiled.run(
+            4, 1, 1, 0, compiled.function, compiled.packed_metadata, None, None, None,
+            out.data_ptr(), x.data_ptr(), 1001, 0.25, 256,
+        )  # fmt: skip
+        assert len(gpu.launches) == 2 and len(driver._functions) == loaded
+    assert torch.equal(out, expected)
+
+
+@needs_triton
+def test_a_trap_reaches_the_caller_of_a_launch():
+    out, x = samples(torch.float32)
+    with driver.installed(ranges=[out, x[:-1]]), pytest.raises(ptx.OutOfBounds, match="program 3, thread"):
+        add_scaled[(4,)](out, x, 1001, 0.5, BLOCK=256, enable_fp_fusion=False)
+
+
+@needs_triton
+def test_launches_can_be_recorded_only_and_the_driver_is_given_back():
+    out, x = samples(torch.float32)
+    before, active = out.clone(), triton.runtime.driver._active
+    with driver.installed(execute=False) as gpu:
+        add_scaled[(4,)](out, x, 1001, 0.5, BLOCK=256, enable_fp_fusion=False)
+        add_scaled[(0,)](out, x, 1001, 0.5, BLOCK=256, enable_fp_fusion=False)
+    assert torch.equal(out, before) and [launch.machine for launch in gpu.launches] == [None]
+    assert triton.runtime.driver._active is active
