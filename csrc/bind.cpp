@@ -1,0 +1,707 @@
+// The plan, and the only file that knows torch: walks an optimizer's live containers, checks everything, then writes.
+//
+//   step(optimizer)  ->  None                      the step is done
+//                        [(group, param), ...]     these parameters want their state made (nothing was written; call again)
+//                        "reason"                  not for this library: torch's own step shall run (nothing was written)
+//                        raises                    refused (nothing was written)
+//
+// Nothing read from a tensor outlives a call. What a plan keeps is where in `state` each parameter's entry stood last time, because
+// looking it up would call Tensor.__hash__, which is Python; and that place is believed only if the key standing there now is the
+// parameter standing in param_groups now. The rest of a plan is memory used again.
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/rsub.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <array>
+#include <new>
+#include <unordered_map>
+#include <vector>
+
+#include "core.h"
+#include "optimizers.h"
+
+namespace fastopt {
+namespace {
+
+// ---- counted memory: a test asserts that a hot step allocates nothing
+
+int64_t allocations = 0, builds = 0;
+
+template <class T> struct Counted {
+  using value_type = T;
+  Counted() = default;
+  template <class U> Counted(const Counted<U>&) {}
+  T* allocate(size_t n) { allocations++; return std::allocator<T>().allocate(n); }
+  void deallocate(T* p, size_t n) { std::allocator<T>().deallocate(p, n); }
+  template <class U> bool operator==(const Counted<U>&) const { return true; }
+  template <class U> bool operator!=(const Counted<U>&) const { return false; }
+};
+template <class T> using Vec = std::vector<T, Counted<T>>;
+
+const Isa* isa = best_isa();
+
+// ---- hyper-parameters that are tensors: the scalars of a step are then computed with torch's own operations on 0-dim tensors
+
+struct Value {
+  double number = 0;
+  at::Tensor tensor;                                         // undefined: the value is number
+  Value() = default;
+  Value(double n) : number(n) {}
+  Value(at::Tensor t) : tensor(std::move(t)) {}
+  explicit operator double() const { return tensor.defined() ? tensor.item<double>() : number; }
+};
+Value operator-(const Value& a) { return a.tensor.defined() ? Value(a.tensor.neg()) : Value(-a.number); }
+Value operator+(double a, const Value& b) { return b.tensor.defined() ? Value(b.tensor + a) : Value(a + b.number); }
+Value operator-(double a, const Value& b) { return b.tensor.defined() ? Value(at::rsub(b.tensor, a)) : Value(a - b.number); }
+Value operator*(const Value& a, const Value& b) {
+  if (!a.tensor.defined() && !b.tensor.defined()) return a.number * b.number;
+  if (!a.tensor.defined()) return b.tensor * a.number;
+  return b.tensor.defined() ? a.tensor * b.tensor : a.tensor * b.number;
+}
+Value operator/(const Value& a, const Value& b) {
+  if (!a.tensor.defined() && !b.tensor.defined()) return a.number / b.number;
+  if (!a.tensor.defined()) return b.tensor.reciprocal() * a.number;   // what torch.Tensor.__rtruediv__ does
+  return b.tensor.defined() ? a.tensor / b.tensor : a.tensor / b.number;
+}
+Value pow(const Value& a, double b) { return a.tensor.defined() ? Value(a.tensor.pow(b)) : Value(std::pow(a.number, b)); }
+template <class T> Value to(const Value& value) {
+  return value.tensor.defined() ? Value(value.tensor.to(c10::CppTypeToScalarType<T>::value)) : value;
+}
+
+// ---- what the machinery needs to know of an optimizer
+
+constexpr int max_keys = 8, max_numbers = 8;
+
+struct alignas(16) Scalars { char bytes[max_scalars * sizeof(double)]; };
+
+struct Optimizer {
+  const char* name;
+  bool has_step;
+  int keys, slots, numbers, scalars;
+  const char* const* key_names;
+  const char* const* slot_names;
+  unsigned (*used)(const double* numbers);
+  void (*compute)(const double* numbers, double t, bool f64, Scalars& out);
+  void (*compute_from_tensors)(const Value* values, double t, bool f64, Scalars& out);
+};
+
+template <class O, class T, class N> void put(const N* numbers, double t, Scalars& out) {
+  static_assert(sizeof(typename O::template Scalars<T>) <= sizeof(Scalars));
+  new (&out) typename O::template Scalars<T>(*reinterpret_cast<const typename O::template Hyper<N>*>(numbers), t);
+}
+template <class O> constexpr Optimizer describe() {
+  static_assert(sizeof(O::keys) / sizeof(char*) <= max_keys && sizeof(O::slots) / sizeof(char*) <= max_slots);
+  static_assert(sizeof(typename O::template Hyper<double>) / sizeof(double) <= max_numbers);
+  return {O::name, O::has_step, sizeof(O::keys) / sizeof(char*), sizeof(O::slots) / sizeof(char*),
+          sizeof(typename O::template Hyper<double>) / sizeof(double), sizeof(typename O::template Scalars<double>) / sizeof(double),
+          O::keys, O::slots,
+          [](const double* n) { return O::used(*reinterpret_cast<const typename O::template Hyper<double>*>(n)); },
+          [](const double* n, double t, bool f64, Scalars& out) { f64 ? put<O, double>(n, t, out) : put<O, float>(n, t, out); },
+          [](const Value* n, double t, bool f64, Scalars& out) { f64 ? put<O, double>(n, t, out) : put<O, float>(n, t, out); }};
+}
+template <class... O> constexpr std::array<Optimizer, sizeof...(O)> describe_all(std::tuple<O...>*) { return {describe<O>()...}; }
+const auto optimizers = describe_all(static_cast<Optimizers*>(nullptr));
+
+// ---- names, interned once
+
+struct Names {
+  PyObject *param_groups, *state, *params, *differentiable, *capturable, *step, *plan;
+  PyObject *keys[optimizers.size()][max_keys], *slots[optimizers.size()][max_slots];
+  PyObject* disabled_torch_function;
+  Names() {
+    auto intern = [](const char* s) { return PyUnicode_InternFromString(s); };
+    param_groups = intern("param_groups"), state = intern("state"), params = intern("params"), step = intern("step");
+    differentiable = intern("differentiable"), capturable = intern("capturable"), plan = intern("_plan");
+    for (size_t o = 0; o < optimizers.size(); o++) {
+      for (int k = 0; k < optimizers[o].keys; k++) keys[o][k] = intern(optimizers[o].key_names[k]);
+      for (int k = 0; k < optimizers[o].slots; k++) slots[o][k] = intern(optimizers[o].slot_names[k]);
+    }
+    disabled_torch_function = py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl")).release().ptr();
+  }
+};
+const Names* names;
+
+bool same_name(PyObject* a, PyObject* interned) {
+  return a == interned || (PyUnicode_Check(a) && PyUnicode_Compare(a, interned) == 0);
+}
+
+// ---- what is a tensor to us
+
+struct Outside { const char* reason; };   // thrown: torch's own step shall run
+
+const uint64_t plain_keys = (c10::DispatchKeySet(c10::DispatchKey::CPU) | c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) |
+                             c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) |
+                             c10::DispatchKeySet(c10::DispatchKey::AutocastCPU)).raw_repr();
+
+// A dense CPU tensor with nothing between it and its memory: no subclass, no lazy negation or conjugation, no transform.
+bool is_plain(const at::TensorImpl* t) { return (t->key_set().raw_repr() & ~plain_keys) == 0; }
+
+bool has_torch_function(PyObject* tensor) {
+  if (THPVariable_CheckTypeExact(Py_TYPE(tensor))) return false;
+  PyObject* f = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "__torch_function__");
+  if (!f) { PyErr_Clear(); return false; }
+  Py_DECREF(f);
+  return f != names->disabled_torch_function;
+}
+
+bool dtype_of(const at::TensorImpl* t, DType& out) {
+  switch (t->dtype().toScalarType()) {
+    case at::kFloat: out = DType::f32; return true;
+    case at::kDouble: out = DType::f64; return true;
+    case at::kBFloat16: out = DType::bf16; return true;
+    case at::kHalf: out = DType::f16; return true;
+    default: return false;
+  }
+}
+
+// ---- the plan
+
+struct Where { size_t group, param; };
+std::ostream& operator<<(std::ostream& out, Where w) { return out << "parameter " << w.param << " of param group " << w.group; }
+
+[[noreturn]] void raise(PyObject* type, const std::string& message) {
+  PyErr_SetString(type, message.c_str());
+  throw python_error();
+}
+
+class Plan {
+ public:
+  explicit Plan(int index) : index(index), optimizer(optimizers[index]) {}
+  PyObject* step(PyObject* self, PyObject* fresh);
+
+ private:
+  struct Entry { PyObject *key, *value; };        // of `state`
+  struct Group {                                  // what the options of a param group say
+    double numbers[max_numbers];
+    int64_t values;                               // place in `values`, if some hyper-parameter is a tensor; else -1
+    unsigned used;
+    double last_t[2];                             // the step counts whose scalars were computed last, for fp32 and fp64,
+    size_t last[2];                               // and their place in `scalars`
+  };
+  struct Written {                                // what a row writes besides its elements, and how it came about
+    at::TensorImpl *param, *slots[max_slots], *step;
+    double t;
+    uint32_t group;
+    size_t scalars;
+    int64_t layout;
+  };
+  struct Extent { uintptr_t begin, end; };        // of a parameter in memory
+
+  void check(PyObject* self, PyObject* fresh);
+  void read_group(PyObject* dict, size_t at);
+  void check_param(PyObject* object, PyObject* group_dict, Where where, bool& group_read);
+  at::TensorImpl* check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const char* name, Where where);
+  double next_step(at::TensorImpl* step) const;
+  const Entry* entry_of_param(PyObject* param);
+  void find_entries();
+  void add_missing(PyObject* group_dict, PyObject* param);
+  int64_t layout_of(at::TensorImpl* const* operands);
+  size_t scalars_for(Group& group, double t, bool f64);
+  bool rows_overlap();
+  void count_repeated_steps();
+  void write(bool in_turn);
+  void run_rows(const Row* first, const int64_t* ends, size_t count);
+  void clear();
+
+  const int index;
+  const Optimizer& optimizer;
+  Vec<int32_t> places;                            // per parameter, in the order of param_groups: its place in `state`, or -1
+  Vec<uint32_t> order;                            // rows by address
+  bool busy = false;                              // a step is under way, perhaps without the GIL
+
+  // Memory used again; its content is that of one call.
+  PyObject* param_groups;
+  PyObject* state;
+  PyObject* missing;                              // [(group, param), ...], or null
+  std::vector<PyObject*> fresh_params;            // sorted; optimizers without step count need to know
+  size_t param_count;
+  bool entries_read, entries_found;
+  Vec<Entry> entries;
+  Vec<Group> groups;
+  Vec<Value> values;
+  Vec<Scalars> scalars;
+  Vec<Row> rows;
+  Vec<Written> written;
+  Vec<Extent> extents;
+  Vec<int64_t> ends;
+  Vec<Layout> layouts;
+  Vec<int64_t> dims;
+  Vec<c10::intrusive_ptr<at::TensorImpl>> alive;
+};
+
+void Plan::clear() {
+  entries.clear(), groups.clear(), values.clear(), scalars.clear(), rows.clear(), written.clear(), extents.clear(), ends.clear();
+  layouts.clear(), dims.clear(), alive.clear(), fresh_params.clear();
+  param_count = 0, entries_read = entries_found = false;
+}
+
+// Where `param` stands in `state`, or null if it has no entry.
+const Plan::Entry* Plan::entry_of_param(PyObject* param) {
+  if (!entries_read) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) entries.push_back({key, value});
+    entries_read = true;
+  }
+  const size_t i = param_count - 1;
+  auto believed = [&] { return i < places.size() && places[i] >= 0 && size_t(places[i]) < entries.size() && entries[places[i]].key == param; };
+  if (!believed() && !entries_found) find_entries();
+  return believed() ? &entries[places[i]] : nullptr;
+}
+
+void Plan::find_entries() {
+  builds++, entries_found = true;
+  std::unordered_map<PyObject*, int32_t> place;
+  for (size_t e = 0; e < entries.size(); e++) place.emplace(entries[e].key, int32_t(e));
+  places.clear();
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); g++) {
+    PyObject* dict = PyList_GET_ITEM(param_groups, g);
+    PyObject* params = PyDict_Check(dict) ? PyDict_GetItemWithError(dict, names->params) : nullptr;
+    if (!params || !PyList_Check(params)) return;   // check() stops there
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) {
+      auto found = place.find(PyList_GET_ITEM(params, i));
+      places.push_back(found == place.end() ? -1 : found->second);
+    }
+  }
+}
+
+void Plan::add_missing(PyObject* group_dict, PyObject* param) {
+  if (!missing) missing = PyList_New(0);
+  PyObject* pair = missing ? PyTuple_Pack(2, group_dict, param) : nullptr;
+  if (!pair || PyList_Append(missing, pair)) throw python_error();
+  Py_DECREF(pair);
+}
+
+// The numbers behind the keys of a group. A tensor makes all of them Values: its arithmetic is torch's.
+void Plan::read_group(PyObject* dict, size_t at) {
+  groups.push_back({});
+  Group& group = groups.back();
+  Value read[max_numbers];
+  int n = 0;
+  bool tensors = false;
+  auto put = [&](PyObject* item, const char* key) {
+    if (n == optimizer.numbers) raise(PyExc_ValueError, c10::str(key, " of param group ", at, " has too many values"));
+    if (PyFloat_CheckExact(item)) {
+      group.numbers[n] = PyFloat_AS_DOUBLE(item);
+    } else if (THPVariable_Check(item)) {
+      const at::Tensor& tensor = THPVariable_Unpack(item);
+      if (!is_plain(tensor.unsafeGetTensorImpl()) && tensor.key_set().has(c10::DispatchKey::Python)) throw Outside{"a hyper-parameter is a tensor subclass"};
+      if (tensor.numel() != 1) raise(PyExc_ValueError, c10::str("Tensor ", key, " of param group ", at, " must be 1-element, not of shape ", tensor.sizes()));
+      read[n] = Value(tensor.detach().cpu().squeeze());
+      group.numbers[n] = double(read[n]);
+      tensors = true;
+    } else {
+      group.numbers[n] = PyFloat_AsDouble(item);
+      if (group.numbers[n] == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        raise(PyExc_TypeError, c10::str(key, " of param group ", at, " must be a number, not ", Py_TYPE(item)->tp_name));
+      }
+    }
+    if (!read[n].tensor.defined()) read[n].number = group.numbers[n];
+    n++;
+  };
+  for (int k = 0; k < optimizer.keys; k++) {
+    PyObject* item = PyDict_GetItemWithError(dict, names->keys[index][k]);
+    const char* key = optimizer.key_names[k];
+    if (!item) raise(PyExc_KeyError, c10::str(key, ": missing in param group ", at));
+    if (PyTuple_Check(item) || PyList_Check(item)) {
+      PyObject** items = PySequence_Fast_ITEMS(item);
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(item); i++) put(items[i], key);
+    } else {
+      put(item, key);
+    }
+  }
+  if (n != optimizer.numbers) raise(PyExc_ValueError, c10::str("param group ", at, " has too few values in a tuple"));
+  group.used = optimizer.used(group.numbers);
+  group.last_t[0] = group.last_t[1] = -1;
+  group.values = -1;
+  if (tensors) {
+    group.values = int64_t(values.size());
+    for (int i = 0; i < n; i++) values.push_back(read[i]);
+  }
+}
+
+size_t Plan::scalars_for(Group& group, double t, bool f64) {
+  if (group.last_t[f64] != t) {
+    Scalars out;
+    if (group.values < 0) optimizer.compute(group.numbers, t, f64, out);
+    else optimizer.compute_from_tensors(&values[group.values], t, f64, out);
+    group.last_t[f64] = t, group.last[f64] = scalars.size();
+    scalars.push_back(out);
+  }
+  return group.last[f64];
+}
+
+// A tensor that the step writes: torch's conditions for an in-place operation.
+void check_written(at::TensorImpl* t, const char* name, Where where) {
+  if (t->is_inference() && !c10::InferenceMode::is_enabled())
+    raise(PyExc_RuntimeError, c10::str("Inplace update to inference tensor outside InferenceMode is not allowed: ", name, " of ", where,
+                                       ". Make a clone outside of InferenceMode to get a normal tensor."));
+  if (!t->is_contiguous())
+    for (int64_t d = 0; d < t->dim(); d++)
+      if (t->strides()[d] == 0 && t->sizes()[d] > 1)
+        raise(PyExc_RuntimeError, c10::str("unsupported operation: more than one element of the written-to tensor refers to a single "
+                                           "memory location (", name, " of ", where, "). Please clone() the tensor before performing the operation."));
+}
+
+void* memory_of(at::TensorImpl* t, bool written, const char* name, Where where) {
+  void* data = written ? t->mutable_data() : const_cast<void*>(t->data());
+  if (!data && t->numel() > 0)
+    raise(PyExc_RuntimeError, c10::str(name, " of ", where, " has ", t->numel(), " elements but no storage (was it freed or resized to 0?)"));
+  return data;
+}
+
+at::TensorImpl* Plan::check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const char* name, Where where) {
+  if (!THPVariable_Check(value))
+    raise(PyExc_TypeError, c10::str("state['", name, "'] of ", where, " must be a tensor, not ", Py_TYPE(value)->tp_name));
+  at::TensorImpl* t = THPVariable_Unpack(value).unsafeGetTensorImpl();
+  DType dtype;
+  if (t->device_type() != param->device_type())
+    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " is on ", t->device(), ", the parameter on ", param->device()));
+  if (!is_plain(t)) throw Outside{"a state tensor is not a plain strided tensor"};
+  if (t->sizes() != param->sizes())
+    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has shape ", t->sizes(), ", the parameter ", param->sizes(),
+                                       ": move the state with the parameter, or delete its entry to start anew"));
+  if (!dtype_of(t, dtype) || (dtype == DType::f64 && param_dtype != DType::f64))
+    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has dtype ", t->dtype(), ", which the arithmetic for a ",
+                                       param->dtype(), " parameter does not hold"));
+  check_written(t, name, where);
+  return t;
+}
+
+double Plan::next_step(at::TensorImpl* step) const {
+  return step->dtype().toScalarType() == at::kFloat ? double(*static_cast<const float*>(step->data()) + 1.0f)
+                                                    : *static_cast<const double*>(step->data()) + 1.0;
+}
+
+void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool& group_read) {
+  if (!THPVariable_Check(object)) raise(PyExc_TypeError, c10::str("optimizer can only optimize Tensors, but ", where, " is ", Py_TYPE(object)->tp_name));
+  at::TensorImpl* param = THPVariable_Unpack(object).unsafeGetTensorImpl();
+  if (!param->grad().defined()) return;
+  at::TensorImpl* grad = param->grad().unsafeGetTensorImpl();
+
+  DType param_dtype, grad_dtype;
+  if (param->device_type() != at::kCPU) throw Outside{"a parameter is not on the CPU"};
+  if (!is_plain(param) || has_torch_function(object)) throw Outside{"a parameter is a tensor subclass or not strided"};
+  if (grad->device_type() != at::kCPU)
+    raise(PyExc_RuntimeError, c10::str("grad of ", where, " is on ", grad->device(), ", the parameter on ", param->device()));
+  if (!is_plain(grad)) throw Outside{"a gradient is sparse, a tensor subclass or not strided"};
+  if (!dtype_of(param, param_dtype)) {
+    auto dtype = param->dtype().toScalarType();
+    if (c10::isComplexType(dtype)) throw Outside{"a parameter is complex"};
+    if (c10::isFloatingType(dtype)) throw Outside{"a parameter is of an 8-bit dtype"};
+    raise(PyExc_RuntimeError, c10::str(where, " has dtype ", param->dtype(), ": only floating point and complex parameters can be stepped"));
+  }
+  if (!dtype_of(grad, grad_dtype) || grad_dtype != param_dtype) throw Outside{"a gradient's dtype is not its parameter's"};
+  if (grad->sizes() != param->sizes())
+    raise(PyExc_RuntimeError, c10::str("grad of ", where, " has shape ", grad->sizes(), ", the parameter ", param->sizes()));
+  check_written(param, "parameter", where);
+
+  if (!group_read) {
+    read_group(group_dict, where.group);
+    group_read = true;
+  }
+  Group& group = groups.back();
+  at::TensorImpl* operands[max_operands] = {param, grad};
+  Written w = {};
+  w.param = param;
+  w.group = uint32_t(groups.size() - 1);
+
+  if (optimizer.has_step || group.used) {
+    const Entry* entry = entry_of_param(object);
+    if (!entry || (PyDict_Check(entry->value) && PyDict_GET_SIZE(entry->value) == 0)) return add_missing(group_dict, object);
+    if (!PyDict_Check(entry->value)) raise(PyExc_TypeError, c10::str("state of ", where, " must be a dict, not ", Py_TYPE(entry->value)->tp_name));
+    PyObject *key, *value, *step = nullptr, *slots[max_slots] = {};
+    PyObject* const* slot_names = names->slots[index];
+    int guess = optimizer.has_step ? -1 : 0;      // the order torch makes them in
+    for (Py_ssize_t at = 0; PyDict_Next(entry->value, &at, &key, &value); guess++) {
+      if (guess < 0 ? key == names->step : guess < optimizer.slots && key == slot_names[guess]) {
+        (guess < 0 ? step : slots[guess]) = value;
+        continue;
+      }
+      if (same_name(key, names->step)) step = value;
+      for (int k = 0; k < optimizer.slots; k++)
+        if (same_name(key, slot_names[k])) slots[k] = value;
+    }
+    for (int k = 0; k < optimizer.slots; k++) {
+      if (!(group.used >> k & 1)) continue;
+      if (!optimizer.has_step && (!slots[k] || slots[k] == Py_None)) return add_missing(group_dict, object);
+      if (!slots[k]) raise(PyExc_KeyError, c10::str("state['", optimizer.slot_names[k], "'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
+      w.slots[k] = operands[2 + k] = check_slot(slots[k], param, param_dtype, optimizer.slot_names[k], where);
+    }
+    if (optimizer.has_step) {
+      if (!step) raise(PyExc_KeyError, c10::str("state['step'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
+      if (!THPVariable_Check(step)) return add_missing(group_dict, object);
+      w.step = THPVariable_Unpack(step).unsafeGetTensorImpl();
+      auto dtype = w.step->dtype().toScalarType();
+      if (!is_plain(w.step) || w.step->numel() != 1 || (dtype != at::kFloat && dtype != at::kDouble)) return add_missing(group_dict, object);
+      check_written(w.step, "state['step']", where);
+    }
+  }
+  if (missing) return;                            // this call will not write: no need for rows
+
+  w.t = w.step ? next_step(w.step) : std::binary_search(fresh_params.begin(), fresh_params.end(), object) ? 1 : 2;
+  w.scalars = scalars_for(group, w.t, param_dtype == DType::f64);
+  w.layout = layout_of(operands);
+  Row row = {};
+  row.optimizer = uint8_t(index), row.used = uint8_t(group.used), row.numel = param->numel();
+  for (int k = 0; k < max_operands; k++) {
+    if (!operands[k]) continue;
+    row.data[k] = memory_of(operands[k], k != 1, k == 0 ? "parameter" : k == 1 ? "grad" : optimizer.slot_names[k - 2], where);
+    dtype_of(operands[k], row.dtype[k]);
+  }
+  int64_t reach = row.numel;
+  if (w.layout >= 0 && row.numel) {
+    reach = 1;
+    for (int64_t d = 0; d < param->dim(); d++) reach += (param->sizes()[d] - 1) * param->strides()[d];
+  }
+  auto begin = reinterpret_cast<uintptr_t>(row.data[0]);
+  extents.push_back({begin, begin + uintptr_t(reach * itemsize(param_dtype))});
+  rows.push_back(row);
+  written.push_back(w);
+}
+
+// The place in `layouts` of operands that do not walk memory in one order; -1 if they do. Dimensions are taken in the order of the
+// parameter's strides and merged where all operands allow it.
+int64_t Plan::layout_of(at::TensorImpl* const* operands) {
+  const at::TensorImpl* param = operands[0];
+  bool contiguous = true, same = param->is_non_overlapping_and_dense();
+  for (int k = 0; k < max_operands; k++) {
+    if (!operands[k]) continue;
+    contiguous &= operands[k]->is_contiguous();
+    same &= operands[k]->strides() == param->strides();
+  }
+  if (contiguous || same || param->numel() == 0) return -1;
+
+  c10::SmallVector<int64_t, 16> by_stride;
+  for (int64_t d = 0; d < param->dim(); d++)
+    if (param->sizes()[d] > 1) by_stride.push_back(d);
+  std::stable_sort(by_stride.begin(), by_stride.end(), [&](int64_t a, int64_t b) { return param->strides()[a] > param->strides()[b]; });
+  auto stride = [&](int k, int64_t d) { return operands[k] ? operands[k]->strides()[d] : 0; };
+
+  c10::SmallVector<std::array<int64_t, 1 + max_operands>, 16> merged;    // size, stride of each operand
+  for (int64_t d : by_stride) {
+    const int64_t size = param->sizes()[d];
+    bool merge = !merged.empty();
+    for (int k = 0; k < max_operands && merge; k++) merge = merged.back()[1 + k] == stride(k, d) * size;
+    if (!merge) merged.push_back({1});
+    merged.back()[0] *= size;
+    for (int k = 0; k < max_operands; k++) merged.back()[1 + k] = stride(k, d);
+  }
+  if (merged.empty()) return -1;
+  bool linear = merged.size() == 1;
+  for (int k = 0; k < max_operands; k++) linear = linear && (!operands[k] || merged[0][1 + k] == 1);
+  if (linear) return -1;
+  layouts.push_back({int(merged.size()), nullptr, {}});
+  for (int field = 0; field < 1 + max_operands; field++)
+    for (const auto& dim : merged) dims.push_back(dim[field]);
+  return int64_t(layouts.size()) - 1;
+}
+
+void Plan::check(PyObject* self, PyObject* fresh) {
+  auto attribute = [&](PyObject* name) {
+    PyObject* value = PyObject_GetAttr(self, name);
+    if (!value) throw python_error();
+    return py::reinterpret_steal<py::object>(value);
+  };
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Outside{"a torch dispatch mode is active"};
+  const py::object groups_object = attribute(names->param_groups), state_object = attribute(names->state);
+  param_groups = groups_object.ptr(), state = state_object.ptr();
+  if (!PyList_Check(param_groups) || !PyDict_Check(state)) throw Outside{"param_groups is no list or state no dict"};
+  if (fresh && !optimizer.has_step) {
+    for (py::handle param : py::reinterpret_borrow<py::object>(fresh)) fresh_params.push_back(param.ptr());
+    std::sort(fresh_params.begin(), fresh_params.end());
+  }
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); g++) {
+    PyObject* dict = PyList_GET_ITEM(param_groups, g);
+    PyObject* params = PyDict_Check(dict) ? PyDict_GetItemWithError(dict, names->params) : nullptr;
+    if (!params || !PyList_Check(params)) throw Outside{"a param group has no list of params"};
+    PyObject* differentiable = PyDict_GetItemWithError(dict, names->differentiable);
+    PyObject* capturable = PyDict_GetItemWithError(dict, names->capturable);
+    if (differentiable && differentiable != Py_False && PyObject_IsTrue(differentiable)) throw Outside{"differentiable=True"};
+    if (capturable && capturable != Py_False && PyObject_IsTrue(capturable)) throw Outside{"capturable=True"};
+    bool group_read = false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) {
+      param_count++;
+      check_param(PyList_GET_ITEM(params, i), dict, {size_t(g), size_t(i)}, group_read);
+    }
+  }
+}
+
+// Whether two parameters share memory: the rows must then be stepped in turn. The order by address is kept from step to step.
+bool Plan::rows_overlap() {
+  auto sorted = [&] {
+    if (order.size() != rows.size()) return false;
+    for (size_t i = 1; i < order.size(); i++)
+      if (extents[order[i - 1]].begin > extents[order[i]].begin) return false;
+    return true;
+  };
+  if (!sorted()) {
+    order.resize(rows.size());
+    for (size_t i = 0; i < order.size(); i++) order[i] = uint32_t(i);
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return extents[a].begin < extents[b].begin; });
+  }
+  uintptr_t reached = 0;
+  for (uint32_t r : order) {
+    if (extents[r].begin < reached && extents[r].end > extents[r].begin) return true;
+    reached = std::max(reached, extents[r].end);
+  }
+  return false;
+}
+
+// A parameter listed twice is stepped twice: its second row is one step further.
+void Plan::count_repeated_steps() {
+  std::unordered_map<at::TensorImpl*, int> seen;
+  for (size_t r = 0; r < rows.size(); r++) {
+    int before = seen[written[r].param]++;
+    if (!before) continue;
+    written[r].t += before;
+    written[r].scalars = scalars_for(groups[written[r].group], written[r].t, rows[r].dtype[0] == DType::f64);
+  }
+}
+
+constexpr int64_t grain = 16384;          // work below which a second thread costs more than it brings
+constexpr int64_t release_gil = 1 << 19;  // work from which other Python threads shall run meanwhile; about 0.1 ms
+
+void Plan::run_rows(const Row* first, const int64_t* work, size_t count) {
+  const int64_t total = work[count - 1];
+  auto run_share = [&](int64_t begin, int64_t end) { run(*isa, first, work, count, begin, end); };
+  if (total <= grain) run_share(0, total);
+  else at::parallel_for(0, total, grain, run_share);
+}
+
+void Plan::write(bool in_turn) {
+  int64_t total = 0;
+  const int64_t* at = dims.data();
+  for (Layout& layout : layouts) {
+    layout.sizes = at;
+    for (int k = 0; k < max_operands; k++) layout.strides[k] = at + layout.ndim * (k + 1);
+    at += layout.ndim * (1 + max_operands);
+  }
+  for (size_t r = 0; r < rows.size(); r++) {
+    Row& row = rows[r];
+    const Written& w = written[r];
+    row.scalars = &scalars[w.scalars];
+    row.layout = w.layout < 0 ? nullptr : &layouts[w.layout];
+    w.param->bump_version();
+    for (int k = 0; k < optimizer.slots; k++)
+      if (w.slots[k]) w.slots[k]->bump_version();
+    if (w.step) {
+      if (w.step->dtype().toScalarType() == at::kFloat) *static_cast<float*>(w.step->mutable_data()) = float(w.t);
+      else *static_cast<double*>(w.step->mutable_data()) = w.t;
+      w.step->bump_version();
+    }
+    total += row.numel + row_cost;
+    ends.push_back(in_turn ? row.numel + row_cost : total);
+  }
+  auto run_all = [&] {
+    if (!in_turn) return run_rows(rows.data(), ends.data(), rows.size());
+    for (size_t r = 0; r < rows.size(); r++) run_rows(&rows[r], &ends[r], 1);
+  };
+  if (total < release_gil) return run_all();
+  auto hold = [&](at::TensorImpl* t) { if (t) alive.push_back(c10::intrusive_ptr<at::TensorImpl>::reclaim_copy(t)); };
+  for (const Written& w : written) {
+    hold(w.param), hold(w.param->grad().unsafeGetTensorImpl());
+    for (at::TensorImpl* slot : w.slots) hold(slot);
+  }
+  py::gil_scoped_release released;
+  run_all();
+}
+
+PyObject* Plan::step(PyObject* self, PyObject* fresh) {
+  if (busy) return Plan(index).step(self, fresh);   // from another thread, while this one runs kernels without the GIL
+  struct Call {
+    Plan& plan;
+    explicit Call(Plan& p) : plan(p) { plan.busy = true, plan.missing = nullptr; }
+    ~Call() {
+      plan.clear();
+      plan.busy = false;
+      Py_XDECREF(plan.missing);
+    }
+  } call(*this);
+  try {
+    check(self, fresh);
+  } catch (const Outside& outside) {
+    return PyUnicode_FromString(outside.reason);
+  }
+  if (missing) return Py_NewRef(missing);
+  if (!rows.empty()) {
+    const bool in_turn = rows_overlap();
+    if (in_turn) count_repeated_steps();
+    write(in_turn);
+  }
+  Py_RETURN_NONE;
+}
+
+// ---- the module
+
+int find_optimizer(const std::string& name) {
+  for (size_t o = 0; o < optimizers.size(); o++)
+    if (name == optimizers[o].name) return int(o);
+  raise(PyExc_ValueError, "no update named '" + name + "'");
+}
+
+// The optimizer's own plan, made at its first step.
+Plan* plan_of(PyObject* self) {
+  PyObject* found = PyObject_GetAttr(self, names->plan);
+  if (!found) throw python_error();
+  Py_DECREF(found);                               // the optimizer, or its class, holds it
+  if (found == Py_None) {
+    py::handle optimizer = self;
+    py::capsule made(new Plan(find_optimizer(py::cast<std::string>(optimizer.attr("_update")))), "fastopt.plan", [](PyObject* capsule) {
+      delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, "fastopt.plan"));
+    });
+    optimizer.attr("_plan") = made;
+    found = made.ptr();
+  }
+  auto* plan = static_cast<Plan*>(PyCapsule_GetPointer(found, "fastopt.plan"));
+  if (!plan) throw python_error();
+  return plan;
+}
+
+PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count < 1 || count > 2) raise(PyExc_TypeError, "step(optimizer, fresh=None)");
+  return plan_of(args[0])->step(args[0], count == 2 ? args[1] : nullptr);
+  END_HANDLE_TH_ERRORS
+}
+PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&step)), METH_FASTCALL,
+                           "step(optimizer, fresh=None): see csrc/bind.cpp"};
+
+}  // namespace
+}  // namespace fastopt
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace fastopt;
+  names = new Names();
+  m.attr("torch_version") = FASTOPT_TORCH_VERSION;
+  py::object step_function = py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr));
+  m.attr("step") = step_function;
+  m.def("isas", [] {
+    std::vector<std::string> found;
+    for (int i = 0; i < isa_count; i++)
+      if (isas[i].supported()) found.push_back(isas[i].name);
+    return found;
+  });
+  m.def("isa", [] { return isa->name; });
+  m.def("set_isa", [](const std::string& name) {
+    const char* before = isa->name;
+    std::string known;
+    for (int i = 0; i < isa_count; i++) {
+      if (name == isas[i].name && isas[i].supported()) return isa = &isas[i], before;
+      known += (i ? ", " : "") + (isas[i].name + std::string(isas[i].supported() ? "" : " (not on this processor)"));
+    }
+    raise(PyExc_ValueError, "ISA '" + name + "' is not available here; there are: " + known);
+  });
+  m.def("counters", [] { return std::map<std::string, int64_t>{{"allocations", allocations}, {"builds", builds}}; });
+  m.def("optimizers", [] {
+    std::map<std::string, std::vector<std::string>> slots;
+    for (const Optimizer& o : optimizers) slots[o.name].assign(o.slot_names, o.slot_names + o.slots);
+    return slots;
+  });
+}

@@ -1,0 +1,26 @@
+// The machinery for x86-64 with AVX-512; empty elsewhere. System headers come first: they are not compiled for this ISA.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <utility>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#endif
+#define FASTOPT_F16C
+#include "apply.h"
+
+namespace fastopt {
+void apply_avx512(const Row& row, int64_t begin, int64_t end) { apply(row, begin, end); }
+}  // namespace fastopt
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

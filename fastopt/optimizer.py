@@ -1,0 +1,183 @@
+"""The one step() of all optimizers, as a mixin in front of torch's classes; everything but the step is theirs.
+
+    param_groups -> plan -> backend -> kernel machinery -> update function
+
+The plan and the CPU machinery are C++ (csrc/bind.cpp says what it answers); here is what happens around them: hooks, closures, making
+state at a parameter's first step, and torch's own step for whatever is not a plain strided tensor of a floating dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.autograd.profiler as profiler
+from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import Optimizer
+
+from .backends import _C, torch_steps
+
+Group = dict[str, Any]
+Closure = Callable[[], Any]
+
+if TYPE_CHECKING:
+    _Base = Optimizer
+else:
+    _Base = object
+
+
+class FusedStep(_Base):
+    """Mixin: ``class Adam(FusedStep, torch.optim.Adam)`` is torch's Adam with a fused step."""
+
+    _update: ClassVar[str]  # the name of the update in csrc/optimizers.h and kernels/
+    _takes_sparse: ClassVar[bool] = False
+    _plan: Any = None  # made by the extension at the first step; never pickled or copied
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False: torch.amp.GradScaler unscales, and skips the whole step on overflow, also when the user passed ``fused=True``."""
+        return False
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        pass  # torch's constructors set it
+
+    # ---- state
+
+    def _slots(self, group: Group) -> dict[str, float]:
+        """Names and initial values of a parameter's state tensors under the options of ``group``, in torch's order."""
+        raise NotImplementedError
+
+    def _has_step(self) -> bool:
+        return True
+
+    def _new_state(self, group: Group, param: Tensor) -> dict[str, Tensor]:
+        state = {}
+        if self._has_step():
+            state["step"] = torch.tensor(0.0, dtype=_step_dtype())
+        for name, value in self._slots(group).items():
+            state[name] = torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
+        return state
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _make_state(self, missing: list[tuple[Group, Tensor]]) -> None:
+        """Makes the state of parameters at their first step, or the step count that an old checkpoint kept as a number."""
+        for group, param in missing:
+            state = self.state[param]
+            if self._has_step() and state:
+                state["step"] = torch.tensor(float(state["step"]), dtype=_step_dtype())
+            else:
+                state.update(self._new_state(group, param))
+
+    # ---- the step
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Performs a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The loss, if a closure was given.
+
+        Raises:
+            RuntimeError: a gradient, parameter or state tensor cannot be stepped (shape, dtype, device); nothing was changed.
+            KeyError: state of a parameter is incomplete; nothing was changed.
+        """
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or profiler._is_profiler_enabled
+        ) and type(self).step is FusedStep.step:  # a subclass's own step is wrapped by torch, and runs the hooks
+            return _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch shall not wrap it: that costs more than the step of a small model
+
+    def _step(self, closure: Closure | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rest = _C.step(self)
+        if rest is not None:
+            self._finish(rest)
+        return loss
+
+    @torch._disable_dynamo
+    def _finish(self, rest: str | list[tuple[Group, Tensor]]) -> None:
+        """What the plan did not do: torch's own step for a reason, or the first step of some parameters."""
+        if not isinstance(rest, str):
+            before = [(param, dict(self.state[param]) if param in self.state else None) for _, param in rest]
+            try:
+                self._make_state(rest)
+                rest = _C.step(self, [param for _, param in rest])
+                if rest is None:
+                    return
+                if not isinstance(rest, str):
+                    raise RuntimeError("state could not be made for a parameter: its step count must be a number")
+            except BaseException:
+                for param, state in before:
+                    if state is None:
+                        del self.state[param]
+                    else:
+                        self.state[param].clear()
+                        self.state[param].update(state)
+                raise
+        self._torch_step(rest)
+
+    def _torch_step(self, reason: str) -> None:
+        """torch's own step, as a for-loop or foreach: its fused kernels have other bits."""
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and (error := self._refusal(group, param)):
+                    error.args = (f"{error} (parameter {i} of param group {g})",)
+                    raise error
+        own_step = super().step.__func__  # type: ignore[misc]
+        if getattr(own_step, "hooked", False):
+            own_step = own_step.__wrapped__
+        fused = [group for group in self.param_groups if group.get("fused")]
+        for group in fused:
+            group["fused"] = False
+        try:
+            own_step(self)
+        finally:
+            for group in fused:
+                group["fused"] = True
+        torch_steps[f"{type(self).__name__}: {reason}"] += 1
+
+    def _refusal(self, group: Group, param: Tensor) -> Exception | None:
+        """The error that torch's own step would raise half-way, after stepping other parameters."""
+        grad = param.grad
+        assert grad is not None
+        if grad.shape != param.shape:
+            return RuntimeError(f"grad has shape {list(grad.shape)}, the parameter {list(param.shape)}")
+        if grad.device != param.device:
+            return RuntimeError(f"grad is on {grad.device}, the parameter on {param.device}")
+        if grad.is_sparse and not self._takes_sparse:
+            return RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        if group.get("capturable") and param.device.type == "cpu":
+            return AssertionError(
+                "If capturable=True, params and state_steps must be on supported devices: cuda, xpu, hpu, ...; not cpu"
+            )
+        return None
+
+
+_step_with_hooks = Optimizer.profile_hook_step(FusedStep._step)
+
+
+def _step_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def same_dtype(param: Tensor) -> Exception | None:
+    """For updates with a lerp, which torch does not promote."""
+    assert param.grad is not None
+    if param.grad.dtype == param.dtype:
+        return None
+    return RuntimeError(f"expected dtype {param.dtype} for grad but got dtype {param.grad.dtype}")

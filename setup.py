@@ -1,0 +1,59 @@
+"""Builds the C++ extension with torch's own build tools. Everything declarative is in pyproject.toml."""
+
+import os
+import shutil
+import sys
+
+from setuptools import setup
+
+NO_COMPILER = (
+    "fastopt: no working C++ compiler ({why}); install one (Debian/Ubuntu: apt-get install g++, macOS: xcode-select --install), "
+    "or install without the extension, on torch's own slower step: FASTOPT_NO_EXTENSION=1 pip install --no-build-isolation ."
+)
+COMPILE_ARGS = [
+    "-O3",
+    "-fvisibility=hidden",
+    "-fopenmp",  # at::parallel_for is serial without it
+    "-ffp-contract=off",  # the bits of a step are a contract: docs/numerics.md
+    "-fno-math-errno",  # with errno, sqrt does not vectorise
+    "-fno-trapping-math",
+]
+
+
+def extension():
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        sys.exit(
+            "fastopt: torch is not installed where the build runs; install torch first, then "
+            "pip install --no-build-isolation fastopt"
+        )
+
+    class Build(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            compiler = os.environ.get("CXX", "c++").split()[0]
+            if shutil.which(compiler) is None:
+                sys.exit(NO_COMPILER.format(why=f"'{compiler}' not found"))
+            try:
+                super().build_extensions()
+            except Exception as error:
+                sys.exit(NO_COMPILER.format(why=str(error).strip().splitlines()[-1]))
+
+    version = torch.__version__.split("+")[0]
+    return dict(
+        ext_modules=[
+            cpp_extension.CppExtension(
+                "fastopt._C",
+                ["csrc/bind.cpp", "csrc/isa.cpp", "csrc/isa_avx2.cpp", "csrc/isa_avx512.cpp"],
+                define_macros=[("FASTOPT_TORCH_VERSION", f'"{version}"')],
+                extra_compile_args=COMPILE_ARGS + os.environ.get("FASTOPT_CXXFLAGS", "").split(),
+                extra_link_args=["-fopenmp"],
+                depends=[f"csrc/{name}.h" for name in ("core", "apply", "optimizers")],
+            )
+        ],
+        cmdclass={"build_ext": Build},
+    )
+
+
+setup(**({} if os.environ.get("FASTOPT_NO_EXTENSION") == "1" else extension()))
