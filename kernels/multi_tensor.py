@@ -179,22 +179,32 @@ def update_launcher(algorithm, used, dtype, state_dtype, device):
 
     device is the index of the device, which must be the current one.
     """
-    module = importlib.import_module(f".{algorithm}", __package__)
-    compute = compute_dtype(dtype)
-    block = BLOCK_BYTES // compute.itemsize
-    vector = VECTOR_BYTES // max(dtype.itemsize, state_dtype.itemsize)
-    tail = WARPS * driver.active.get_current_target().warp_size  # a lane each, or two lanes would share an element
-    constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
-                 CHUNK, block, vector, tail)
-    return Launcher(multi_tensor_update, (torch.int64, torch.int64, compute), constants, WARPS)
+    return Launcher(*update_kernel(algorithm, used, dtype, state_dtype, driver.active.get_current_target().warp_size))
 
 
 @functools.cache
 def prepare_launcher(algorithm, dtype, device):
     """The Launcher of (hypers, scalars), one program per row, for parameters of this torch dtype; device as above."""
+    return Launcher(*prepare_kernel(algorithm, dtype))
+
+
+def update_kernel(algorithm, used, dtype, state_dtype, warp_size):
+    """What there is to compile: the kernel, the dtypes behind its pointers, its constants, and warps per program."""
+    module = importlib.import_module(f".{algorithm}", __package__)
+    compute = compute_dtype(dtype)
+    block = BLOCK_BYTES // compute.itemsize
+    vector = VECTOR_BYTES // max(dtype.itemsize, state_dtype.itemsize)
+    tail = WARPS * warp_size  # at least one element per lane: two lanes would both write a shared one
+    constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
+                 CHUNK, block, vector, tail)
+    return multi_tensor_update, (torch.int64, torch.int64, compute), constants, WARPS
+
+
+def prepare_kernel(algorithm, dtype):
+    """The same for `prepare`. One warp: everything in it is a single number."""
     module = importlib.import_module(f".{algorithm}", __package__)
     constants = (module.scalars, len(module.HYPERS), len(module.SCALARS))
-    return Launcher(multi_tensor_prepare, (torch.int64, compute_dtype(dtype)), constants, warps=1)
+    return multi_tensor_prepare, (torch.int64, compute_dtype(dtype)), constants, 1
 
 
 def compute_dtype(dtype):

@@ -1,0 +1,406 @@
+"""The GPU kernels, executed from the PTX that Triton emits and compared bit for bit with numpy; no GPU needed."""
+
+import decimal
+import importlib
+import itertools
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from fastopt.kernels import arithmetic, multi_tensor  # noqa: E402
+from fastopt.kernels.multi_tensor import CHUNK, compute_dtype  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from tests.tools import driver, reference_np  # noqa: E402
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]  # of param and grad, of state
+RARE_DTYPES = [(F32, BF16), (F32, F16), (F64, F32)]
+
+# For each algorithm the masks of state slots in use; step counts and hyper-parameters, with every flag on and off.
+MASKS = {"sgd": (0b0, 0b1), "adagrad": (0b1,), "rmsprop": (0b001, 0b011, 0b101, 0b111), "adam": (0b011, 0b111)}
+ROWS = {
+    "sgd": [
+        (1, dict(lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.0, nesterov=False, maximize=False)),
+        (2, dict(lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.0, nesterov=False, maximize=False)),
+        (7, dict(lr=1e-3, momentum=0.99, dampening=0.0, weight_decay=0.01, nesterov=True, maximize=False)),
+        (9, dict(lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.1, nesterov=False, maximize=True)),
+    ],
+    "adagrad": [
+        (1, dict(lr=0.1, lr_decay=0.0, weight_decay=0.0, eps=1e-10, maximize=False)),
+        (5, dict(lr=0.01, lr_decay=0.3, weight_decay=0.1, eps=1e-10, maximize=False)),
+        (900, dict(lr=0.01, lr_decay=1e-3, weight_decay=0.01, eps=0.0, maximize=True)),
+    ],
+    "rmsprop": [
+        (1, dict(lr=0.01, alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.9, centered=True, maximize=False)),
+        (2, dict(lr=0.1, alpha=0.3, eps=0.0, weight_decay=0.1, momentum=0.5, centered=True, maximize=True)),
+        (3, dict(lr=1e-4, alpha=0.0, eps=1e-2, weight_decay=1e-4, momentum=0.0, centered=True, maximize=False)),
+    ],
+    "adam": [
+        (1, dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
+                 decoupled_weight_decay=False)),
+        (5, dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=0.0, weight_decay=0.1, amsgrad=False, maximize=False,
+                 decoupled_weight_decay=True)),
+        (1000, dict(lr=0.1, beta1=0.4, beta2=0.95, eps=1e-6, weight_decay=0.1, amsgrad=True, maximize=True,
+                    decoupled_weight_decay=False)),
+        (2, dict(lr=1e-4, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0, amsgrad=True, maximize=True,
+                 decoupled_weight_decay=True)),
+    ],
+}  # fmt: skip
+SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 127, 128, 129, 511, 513, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+SPECIAL = np.array([0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-45, -1e-40, 2e-38, 3e38, 1e-20, 6e-8, 65504])
+
+
+@pytest.fixture
+def hopper():
+    """A stand-in for an sm_90, which finds races; the number of its device is its architecture."""
+    with driver.installed(90, races=True) as stand_in:
+        yield stand_in
+
+
+def every_kernel():
+    """(algorithm, used, dtype, state_dtype); the rarer pairs of dtypes only with every slot in use."""
+    for algorithm, masks in MASKS.items():
+        for used in masks:
+            for dtypes in DTYPES + (RARE_DTYPES if used == masks[-1] else []):
+                if used or dtypes[0] == dtypes[1]:
+                    yield algorithm, used, *dtypes
+
+
+KERNELS = list(every_kernel())
+FULL_KERNELS = [kernel for kernel in KERNELS if kernel[1] == MASKS[kernel[0]][-1]]  # every slot in use
+FULL_F32_KERNELS = [kernel for kernel in FULL_KERNELS if kernel[2:] == (F32, F32)]
+
+
+def name_of(kernel):
+    return "-".join([kernel[0], format(kernel[1], "03b"), *(str(dtype).removeprefix("torch.") for dtype in kernel[2:])])
+
+
+def module_of(algorithm):
+    return importlib.import_module(f"fastopt.kernels.{algorithm}")
+
+
+class Tensors:
+    """The tensors of one step and the hyper-parameters of each, in turn the rows of ROWS.
+
+    sizes: numbers of elements
+    offsets: in turn, how many elements behind an address divisible by 16 its param, grad and states begin
+    special: values from SPECIAL in place of random ones
+    """
+
+    def __init__(self, kernel, sizes, offsets=((0, 0, 0, 0, 0),), special=False):
+        self.kernel = kernel
+        self.algorithm, self.used, self.dtype, state_dtype = kernel
+        self.module = module_of(self.algorithm)
+        self.slots = [slot for slot in range(len(self.module.SLOTS)) if self.used >> slot & 1]
+        self.random, self.special = np.random.default_rng(0), special
+        self.tensors = []  # param, grad and state slots in use of each
+        for i, size in enumerate(sizes):
+            dtypes = [self.dtype, self.dtype, *(state_dtype for _ in self.slots)]
+            tensors = [self.tensor(size, *x) for x in zip(dtypes, offsets[i % len(offsets)], strict=False)]
+            for slot, state in zip(self.slots, tensors[2:], strict=True):
+                if self.module.SLOTS[slot] in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"):
+                    state.abs_()
+                elif self.algorithm == "sgd" and self.row(i)[0] == 1:
+                    state.fill_(-0.0)  # what a momentum buffer is before its first step
+            self.tensors.append(tensors)
+
+    def row(self, i):
+        """Step count and hyper-parameters of tensor i."""
+        return ROWS[self.algorithm][i % len(ROWS[self.algorithm])]
+
+    def tensor(self, size, dtype, offset):
+        values = self.random.choice(SPECIAL, size) if self.special else self.random.standard_normal(size)
+        storage = torch.empty(size + offset + 16, dtype=dtype)
+        start = -storage.data_ptr() % 16 // dtype.itemsize + offset
+        return storage[start : start + size].copy_(torch.from_numpy(values))
+
+    def expected(self):
+        """Param and state of each tensor after the step."""
+        results = []
+        for i, (param, grad, *state) in enumerate(self.tensors):
+            values = {"param": param, "grad": grad}
+            values |= {self.module.SLOTS[slot]: tensor for slot, tensor in zip(self.slots, state, strict=True)}
+            wide = {name: tensor.to(compute_dtype(self.dtype)).numpy() for name, tensor in values.items()}
+            with np.errstate(all="ignore"):
+                stepped = reference_np.STEPS[self.algorithm](*reversed(self.row(i)), **wide)
+            kept = zip(stepped, [param, *state], strict=True)
+            results.append([torch.from_numpy(np.asarray(x)).to(tensor.dtype) for x, tensor in kept])
+        return results
+
+    def arrays(self, first_chunk=0):
+        """The bytes of work, table and scalars, as kernels/multi_tensor.py lays them out.
+
+        first_chunk: take the tensors for the end of larger ones, which have so many chunks before them
+        """
+        chunk_size, before = multi_tensor.CHUNK, first_chunk * multi_tensor.CHUNK
+        work, table = [], np.zeros((len(self.tensors), 4 + len(self.module.SLOTS)), np.int64)
+        for i, (param, grad, *state) in enumerate(self.tensors):
+            work += [i << 32 | first_chunk + chunk for chunk in range(-(-param.numel() // chunk_size))]
+            table[i, :2] = before + param.numel(), i % len(ROWS[self.algorithm])
+            columns = [2, 3, *(4 + slot for slot in self.slots)]
+            table[i, columns] = [x.data_ptr() - before * x.element_size() for x in (param, grad, *state)]
+        self.random.shuffle(work)
+        T = torch.empty(0, dtype=compute_dtype(self.dtype)).numpy().dtype.type
+        named = [reference_np.scalars(self.algorithm, hypers, t, T) for t, hypers in ROWS[self.algorithm]]
+        scalars = np.array([[values[name] for name in self.module.SCALARS] for values in named], T)
+        return np.array(work, np.int64).tobytes(), table.tobytes(), scalars.tobytes()
+
+    def launch(self, gpu, **options):
+        """Launch the update on arrays in one buffer, none of them aligned to 16 bytes unless by chance."""
+        launcher = multi_tensor.update_launcher(*self.kernel, device=gpu.arch)
+        arrays = self.arrays(**options)
+        buffer, addresses = in_one_buffer(arrays)
+        gpu.options["ranges"] = [(address, len(part)) for address, part in zip(addresses, arrays, strict=True)]
+        gpu.options["ranges"] += itertools.chain(*self.tensors)
+        launcher.launch(len(arrays[0]) // 8, 0, *addresses)
+        del buffer
+
+    def step_and_compare(self, gpu, **options):
+        expected = self.expected()
+        grads = [grad.clone() for _, grad, *_ in self.tensors]
+        self.launch(gpu, **options)
+        names = ["param", *(self.module.SLOTS[slot] for slot in self.slots)]
+        for i, ((param, grad, *state), before, right) in enumerate(zip(self.tensors, grads, expected, strict=True)):
+            assert bytes_of(grad) == bytes_of(before)
+            for name, got, want in zip(names, [param, *state], right, strict=True):
+                wrong = (bits(got) != bits(want)) & ~(got.isnan() & want.isnan())
+                if wrong.any():
+                    k = int(wrong.nonzero()[0])
+                    raise AssertionError(
+                        f"{name} of tensor {i} ({len(got)} elements, step count and hyper-parameters {self.row(i)}): "
+                        f"{int(wrong.sum())} wrong, the first at {k}: {got[k].item()!r} in place of {want[k].item()!r}"
+                    )
+
+
+def bits(tensor):
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def bytes_of(tensor):
+    return bits(tensor).numpy().tobytes()
+
+
+def in_one_buffer(arrays):
+    """The arrays one after the other, the first at an address that 8 divides but not 16; and their addresses."""
+    buffer = torch.zeros(sum(map(len, arrays)) + 16, dtype=torch.uint8)
+    start = (8 - buffer.data_ptr()) % 16
+    addresses = [buffer.data_ptr() + start + sum(map(len, arrays[:i])) for i in range(len(arrays))]
+    joined = b"".join(arrays)
+    buffer[start : start + len(joined)] = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
+    return buffer, addresses
+
+
+def compare_with_reference(gpu, kernel):
+    Tensors(kernel, SIZES + 4 * [CHUNK + 2]).step_and_compare(gpu)
+    Tensors(kernel, [64, 61, 70, 67], special=True).step_and_compare(gpu)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=name_of)
+def test_bits_of_the_reference(hopper, kernel):
+    compare_with_reference(hopper, kernel)
+
+
+@pytest.mark.parametrize("kernel", FULL_KERNELS, ids=name_of)
+def test_bits_of_the_reference_on_sm_80(kernel):
+    """Which converts 16-bit types with other instructions."""
+    with driver.installed(80, races=True) as ampere:
+        compare_with_reference(ampere, kernel)
+
+
+@pytest.mark.parametrize("kernel", FULL_KERNELS, ids=name_of)
+def test_tensors_that_are_not_aligned(hopper, kernel):
+    one_each = [tuple(int(i == j) for j in range(5)) for i in range(5)]
+    offsets = [(0, 0, 0, 0, 0), *one_each, (1, 1, 1, 1, 1), (2, 2, 2, 2, 2), (3, 1, 2, 0, 1), (4, 4, 4, 4, 4)]
+    Tensors(kernel, [133] * len(offsets) + [CHUNK + 3] * 3, offsets).step_and_compare(hopper)
+
+
+@pytest.mark.parametrize("chunk", [2**21, 2**22 + 1, 2**31 + 3, 2**32 - 2])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_more_elements_than_int32_counts(hopper, dtype, chunk):
+    tensors = Tensors(("sgd", 1, dtype, dtype), [CHUNK + 7, 5], [(0, 0, 0), (1, 0, 0)])
+    tensors.step_and_compare(hopper, first_chunk=chunk)
+
+
+@pytest.mark.parametrize("kernel", FULL_F32_KERNELS, ids=name_of)
+def test_other_chunk_sizes(hopper, kernel, monkeypatch):
+    """Hardware may ask for larger chunks: then the loop over a chunk takes several turns."""
+    monkeypatch.setattr(multi_tensor, "CHUNK", 4096)
+    monkeypatch.setattr(multi_tensor, "update_launcher", multi_tensor.update_launcher.__wrapped__)
+    Tensors(kernel, [4095, 4096, 4097, 1500, 9000]).step_and_compare(hopper)
+
+
+def test_nothing_is_compiled_twice(hopper, monkeypatch):
+    """Whatever the number, sizes and alignment of tensors, and whatever their scalars are."""
+    kernel = ("adam", 0b011, F32, F32)
+    Tensors(kernel, [5]).launch(hopper)
+    compiled = []
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", lambda *args: compiled.append(args))
+    for i, sizes in enumerate([[1], [16], [17, 16, 1], 40 * [3], [5000]]):
+        tensors = Tensors(kernel, sizes, [(0, 0, 0, 0), (1, 2, 3, 0)])
+        monkeypatch.setitem(ROWS, "adam", [(t + i, hypers | {"lr": 0.1 / (i + 1)}) for t, hypers in ROWS["adam"]])
+        tensors.step_and_compare(hopper)
+    assert not compiled
+
+
+def test_launch_passes_what_it_is_given(hopper):
+    hopper.execute = False
+    multi_tensor.update_launcher("adam", 3, F32, F32, device=90).launch(7, 0, 8, 24, 40)
+    multi_tensor.prepare_launcher("adam", F32, device=90).launch(3, 0, 8, 24)
+    for launch, grid, addresses in zip(hopper.launches, (7, 3), ((8, 24, 40), (8, 24)), strict=True):
+        assert launch.grid == (grid, 1, 1)
+        assert [int.from_bytes(x, "little") for x in launch.parameters] == [*addresses, 0, 0]
+
+
+# Scalars computed on the device
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+@pytest.mark.parametrize("algorithm", MASKS)
+def test_prepare_computes_the_scalars_of_the_host(hopper, algorithm, dtype):
+    """Each number as fp32 and as fp64 in device memory; then the next step, with another lr."""
+    module, T = module_of(algorithm), torch.empty(0, dtype=compute_dtype(dtype)).numpy().dtype.type
+    kinds = [(np.float64, np.float64), (np.float32, np.float64), (np.float64, np.float32), (np.float32, np.float32)]
+    rows = [(*row, *kind) for row in ROWS[algorithm] for kind in kinds]
+    steps = [np.array([t - 1], step_type) for t, _, step_type, _ in rows]
+    numbers = [np.array([hypers[name] for name in module.HYPERS], kind) for _, hypers, _, kind in rows]
+    hypers = np.array([[tagged(x) for x in (step, *row[:, None])] for step, row in zip(steps, numbers, strict=True)])
+    scalars = np.full((len(rows), len(module.SCALARS)), 77, T)
+    hopper.options["ranges"] = [(x.ctypes.data, x.nbytes) for x in (hypers, scalars, *steps, *numbers)]
+    launcher = multi_tensor.prepare_launcher(algorithm, dtype, device=90)
+    for turn in range(2):
+        launcher.launch(len(rows), 0, hypers.ctypes.data, scalars.ctypes.data)
+        for (t, *_), step, row, got in zip(rows, steps, numbers, scalars, strict=True):
+            assert step[0] == t + turn
+            named = dict(zip(module.HYPERS, map(float, row), strict=True))
+            want = reference_np.scalars(algorithm, named, t + turn, T)
+            # pow is not the same function everywhere, to the last bit of fp64; fp32 does not see it
+            rtol = 4e-16 if T is np.float64 else 0
+            np.testing.assert_allclose(got, [want[name] for name in module.SCALARS], rtol=rtol, atol=0)
+        for row in numbers:
+            row[module.HYPERS.index("lr")] *= 0.7
+
+
+def tagged(number):
+    """The address of a one-element array in the form of the hypers array."""
+    return number.ctypes.data + (number.dtype == np.float32)
+
+
+@triton.jit
+def power_kernel(bases, exponents, results):
+    i = tl.program_id(0)
+    tl.store(results + i, arithmetic.power(tl.load(bases + i), tl.load(exponents + i)))
+
+
+def test_power(hopper):
+    bases = [0.0, 0.3, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 1.0]
+    exponents = [0, 1, 2, 3, 7, 10, 100, 1000, 4095, 12345, 10**6, 2**24]
+    pairs = np.array(list(itertools.product(bases, exponents)))
+    arguments = [torch.from_numpy(pairs[:, i].copy()) for i in range(2)] + [torch.empty(len(pairs), dtype=F64)]
+    power_kernel[(len(pairs),)](*arguments, enable_fp_fusion=False)
+    decimal.getcontext().prec = 60
+    for (base, exponent), got in zip(pairs, arguments[2].tolist(), strict=True):
+        exact = decimal.Decimal(base) ** int(exponent) if exponent else decimal.Decimal(1)
+        error = abs(decimal.Decimal(got) - exact)
+        assert error <= decimal.Decimal(float(np.spacing(float(exact)))) * decimal.Decimal("0.51"), (base, exponent)
+
+
+# What the machine code says
+
+FLOATING = re.compile(r"\b[a-z0-9]+(?:\.\w+)*\.f(?:16|32|64)(?:x2)?\b")
+INEXACT = re.compile(r"\.(?:approx|full|ftz|rz|rm|rp)\b")
+
+# For each algorithm and mask, the operations of an element as the formula has them, and how many scalars it takes.
+OPERATIONS = {
+    ("sgd", 0b0): ({"fma": 2, "mul": 1}, 3),
+    ("sgd", 0b1): ({"fma": 4, "mul": 2}, 6),
+    ("adagrad", 0b1): ({"fma": 2, "mul": 2, "div": 1, "sqrt": 1, "add": 2}, 4),
+    ("rmsprop", 0b001): ({"fma": 2, "mul": 4, "div": 1, "sqrt": 1, "add": 2}, 6),
+    ("rmsprop", 0b011): ({"fma": 3, "mul": 4, "div": 1, "sqrt": 1, "add": 2}, 7),
+    ("rmsprop", 0b101): ({"fma": 4, "mul": 4, "div": 1, "sqrt": 1, "add": 2, "sub": 1}, 8),
+    ("rmsprop", 0b111): ({"fma": 5, "mul": 4, "div": 1, "sqrt": 1, "add": 2, "sub": 1}, 9),
+    ("adam", 0b011): ({"fma": 3, "mul": 5, "div": 2, "sqrt": 1, "add": 2, "sub": 1}, 10),
+    ("adam", 0b111): ({"fma": 3, "mul": 5, "div": 2, "sqrt": 1, "add": 2, "sub": 1}, 10),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=name_of)
+def test_instructions_and_bytes_of_an_element(hopper, kernel, monkeypatch):
+    """Of aligned tensors of whole chunks: exact arithmetic, no more of it than the formula has; the widest accesses."""
+    algorithm, used, dtype, state_dtype = kernel
+    operations, scalars = OPERATIONS[algorithm, used]
+    t, hypers = ROWS[algorithm][1]
+    hypers = hypers | {"weight_decay": 0.5, "decoupled_weight_decay": False}
+    monkeypatch.setitem(ROWS, algorithm, [(t, hypers)])
+    hopper.options["counts"] = True
+    programs = 8
+    elements = programs * CHUNK
+    tensors = Tensors(kernel, [elements])
+    tensors.launch(hopper)
+    (launch,) = hopper.launches
+    executed, memory = launch.machine.instructions, launch.machine.memory
+
+    floating = set(FLOATING.findall(launch.ptx))
+    assert not [opcode for opcode in floating if INEXACT.search(opcode)]
+    suffix = f".rn.f{8 * compute_dtype(dtype).itemsize}"
+    arithmetic_executed = {x for x in executed if re.match(r"(add|sub|mul|mad|fma|div|rcp|r?sqrt)\.(.*\.)?f\d", x)}
+    counts = {opcode: executed[opcode] / elements for opcode in arithmetic_executed}
+    assert counts == {operation + suffix: count for operation, count in operations.items()}
+
+    # how many loads and stores of how many bytes a vector of elements needs: param and grad, then states
+    vector = 16 // max(dtype.itemsize, state_dtype.itemsize)
+    loads, stores, states = Counter(), Counter(), used.bit_count()
+    for itemsize, load, store in ((dtype.itemsize, 2, 1), (state_dtype.itemsize, states, states)):
+        loads[vector * itemsize] += load
+        stores[vector * itemsize] += store
+    assert memory["store bytes"] == sum(width * n for width, n in stores.items()) * elements // vector
+    assert memory["store bytes"] == 32 * memory["store sectors"]
+    # each lane also reads its entry of the work list, its row of the table and its scalars, one by one
+    shared = programs * 32 * multi_tensor.WARPS * vector / elements
+    loads[8] += (5 + len(tensors.module.SLOTS)) * shared
+    loads[compute_dtype(dtype).itemsize] += scalars * shared
+    found = {"ld": Counter(), "st": Counter()}
+    for opcode, count in executed.items():
+        if match := re.fullmatch(r"(ld|st)\.global(?:\.v(\d))?\.b(\d+)", opcode):
+            found[match[1]][int(match[2] or 1) * int(match[3]) // 8] += count * vector / elements
+    assert found == {"ld": loads, "st": stores}
+
+
+ROCM = [GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32)]
+
+
+@pytest.mark.parametrize("target", ROCM, ids=lambda target: target.arch)
+@pytest.mark.parametrize("kernel", [*FULL_F32_KERNELS, ("adam", 3, F64, F64), ("adam", 3, BF16, F32)], ids=name_of)
+def test_compiles_for_rocm(kernel, target):
+    """Nothing that may be fused or approximated, subnormals kept, no spills, the widest accesses."""
+    _, used, dtype, state_dtype = kernel
+    asm = compiled_for(target, *multi_tensor.update_kernel(*kernel, target.warp_size)).asm
+    operations = re.findall(r"= (f(?:add|sub|mul|div)\b.*|.*call .*@llvm\.(?:fma|sqrt)\..*)", asm["llir"])
+    assert operations
+    assert not re.search(r"\b(fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b|!fpmath", "\n".join(operations))
+    assert not re.search(r"llvm\.amdgcn\.(rcp|rsq|sqrt|fma)|__ocml", asm["llir"])
+    assert re.search(r"denorm_mode_32 3", asm["amdgcn"]) and re.search(r"denorm_mode_16_64 3", asm["amdgcn"])
+    assert set(re.findall(r"[sv]gpr_spill_count: +(\d+)", asm["amdgcn"])) == {"0"}
+    per_lane = multi_tensor.BLOCK_BYTES // compute_dtype(dtype).itemsize // (target.warp_size * multi_tensor.WARPS)
+    operands = [dtype.itemsize] * 2 + [state_dtype.itemsize] * used.bit_count()
+    wide = operands.count(max(operands))
+    accesses = per_lane * max(operands) // 16
+    for op, count in (("load", wide), ("store", wide - (operands[1] == max(operands)))):  # grad is only read
+        found = re.findall(rf"(?:buffer|global)_{op}_(?:dwordx4|b128)\b", asm["amdgcn"])
+        assert found and len(found) % (count * accesses) == 0  # in each copy of a loop the compiler makes
+
+
+def compiled_for(target, kernel, pointers, constants, warps):
+    """Compile ahead of time for a GPU that is not there."""
+    kinds = {torch.int64: "*i64", F32: "*fp32", F64: "*fp64"}
+    names = kernel.arg_names
+    signature = dict(zip(names, [*(kinds[x] for x in pointers), *("constexpr" for _ in constants)], strict=True))
+    values = {(len(pointers) + i,): value for i, value in enumerate(constants)}
+    source = triton.compiler.ASTSource(kernel, signature, values, {})
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
