@@ -7,7 +7,7 @@ namespace fastopt {
 void apply_avx2(const Row&, int64_t, int64_t);    // isa_avx2.cpp
 void apply_avx512(const Row&, int64_t, int64_t);  // isa_avx512.cpp
 
-static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }  // f16c came before both
 static bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

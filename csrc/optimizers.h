@@ -24,7 +24,7 @@ inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 inline float sqrt(float a) { return __builtin_sqrtf(a); }
 inline double sqrt(double a) { return __builtin_sqrt(a); }
-template <class T> inline T maximum(T a, T b) { return (a > b) | (a != a) ? a : b; }  // of a NaN and a number: the NaN
+template <class T> inline T maximum(T a, T b) { return ((a > b) | (a != a)) ? a : b; }  // NaN wins
 
 // The hyper-parameter as a number of the compute type: a 0-dim tensor is cast before more arithmetic is done on it.
 template <class T> inline double to(double value) { return value; }

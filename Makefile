@@ -1,0 +1,74 @@
+# Everything a contributor or CI runs. `make demo` and `make test` set up what they need in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+CXX ?= g++
+PY := $(VENV)/bin/python
+CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -pthread
+CORE := tests/native/core_test.cpp csrc/isa.cpp csrc/isa_avx2.cpp csrc/isa_avx512.cpp
+CORE_DEPS := $(CORE) csrc/core.h csrc/apply.h csrc/optimizers.h
+
+.PHONY: help setup demo test pytest lint native native-arm bench bench-quick bench-gpu clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# ---- set-up
+
+$(VENV)/tools: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja numpy "$(TORCH)" "$(TRITON)"
+	touch $@
+
+$(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*)
+	FASTOPT_CXXFLAGS="-Wall -Werror=unused -Werror=return-type" $(PY) -m pip install --quiet --no-build-isolation -e ".[demo,test]"
+	touch $@
+
+setup: $(VENV)/installed  ## a virtual environment in .venv with torch, triton and fastopt
+
+# ---- the main job
+
+demo: setup  ## train with fastopt beside torch.optim; prints a table, writes a plot
+	$(PY) examples/demo.py
+
+# ---- tests
+
+test: lint native pytest  ## everything CI runs
+
+pytest: setup
+	$(PY) -m pytest
+
+lint: setup  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+native: build/core-plain.passed build/core-asan.passed build/core-tsan.passed  ## the C++ core alone: plain, ASan + UBSan, TSan
+build/core-plain: FLAGS := -O3
+build/core-asan: FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+build/core-tsan: FLAGS := -O1 -g -fsanitize=thread
+build/core-%: $(CORE_DEPS)
+	@mkdir -p build
+	$(CXX) $(CORE_FLAGS) $(FLAGS) $(CORE) -o $@
+build/%.passed: build/%
+	./$< | tee $@.log && mv $@.log $@
+
+native-arm: build/core-plain.passed  ## the core cross-compiled for AArch64, under qemu: the same hash (g++-aarch64-linux-gnu, qemu-user)
+	aarch64-linux-gnu-g++ $(CORE_FLAGS) -O3 -static $(CORE) -o build/core-arm
+	qemu-aarch64 build/core-arm > build/core-arm.log
+	cat build/core-arm.log
+	test "$$(grep hash build/core-arm.log)" = "$$(grep hash $<)"
+
+# ---- benchmarks
+
+bench: setup  ## fastopt against torch.optim, about 12 minutes
+	$(PY) -m bench.run
+bench-quick: setup  ## the same in a minute
+	$(PY) -m bench.run --quick
+bench-gpu: setup  ## on a machine with a GPU: correctness, then speed
+	$(PY) -m bench.gpu
+
+clean:
+	rm -rf build dist *.egg-info fastopt/_C.*.so .venv

@@ -1,0 +1,167 @@
+// The C++ core without torch or Python, for sanitizers and foreign processors: every update, mask of slots, dtype and layout, on every
+// ISA and on 1, 2 and 3 threads, must leave the same bits. Prints one hash of them all, to compare between machines.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "core.h"
+#include "optimizers.h"
+
+using namespace fastopt;
+
+static uint64_t random_state = 1;
+static uint32_t random_bits() {
+  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+  return uint32_t(random_state >> 33);
+}
+
+// Mostly numbers near 1; sometimes zeros of both signs, subnormals, infinities and NaN.
+static double random_value(bool special) {
+  uint32_t kind = random_bits() % 64;
+  double sign = random_bits() % 2 ? 1 : -1;
+  if (special && kind < 6) {
+    const double values[] = {0.0, 1e-41, 1e-310, 6e-8, 1.0 / 0.0, 0.0 / 0.0};
+    return sign * values[kind];
+  }
+  return sign * (1 + random_bits() * 0x1p-31) * (kind % 2 ? 1 : 0x1p-8);
+}
+
+static void put(void* data, DType dtype, int64_t i, double value) {
+  float single = float(value);
+  uint32_t bits;
+  std::memcpy(&bits, &single, 4);
+  if (dtype == DType::f32) static_cast<float*>(data)[i] = single;
+  else if (dtype == DType::f64) static_cast<double*>(data)[i] = value;
+  else if (dtype == DType::bf16) static_cast<uint16_t*>(data)[i] = uint16_t(bits >> 16);
+  else static_cast<uint16_t*>(data)[i] = uint16_t(bits >> 16 & 0x8000) | uint16_t(random_bits() & 0x3fff);  // finite halves
+}
+
+// The bits of an element, one value for all NaNs: their payload is the processor's choice.
+static uint64_t canonical(const void* data, DType dtype, int64_t i) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, static_cast<const char*>(data) + i * itemsize(dtype), size_t(itemsize(dtype)));
+  const uint64_t infinity = dtype == DType::f64 ? 0x7ff0000000000000u : dtype == DType::f32 ? 0x7f800000u : dtype == DType::bf16 ? 0x7f80u : 0x7c00u;
+  const uint64_t magnitude = bits & ~(uint64_t(1) << (8 * itemsize(dtype) - 1));
+  return magnitude > infinity ? ~uint64_t(0) : bits;
+}
+
+// One set of tensors, each in a heap block of its exact extent, so that a sanitizer sees the first byte beyond.
+struct Case {
+  struct Tensor {
+    std::unique_ptr<char[]> memory;
+    DType dtype;
+    int64_t extent;
+  };
+  std::vector<std::vector<Tensor>> tensors;
+  std::vector<std::vector<double>> scalars;
+  std::vector<std::vector<int64_t>> dims;
+  std::vector<Layout> layouts;
+  std::vector<Row> rows;
+  std::vector<int64_t> ends;
+};
+
+struct Sizes { int64_t numel; bool strided; };
+
+static Case make(int index, unsigned used, DType param, DType state, bool special, std::initializer_list<Sizes> sizes) {
+  Case c;
+  int64_t work = 0;
+  for (Sizes s : sizes) {
+    Row row = {};
+    row.optimizer = uint8_t(index), row.used = uint8_t(used), row.numel = s.numel;
+    c.tensors.emplace_back();
+    c.layouts.push_back({});
+    c.dims.emplace_back();
+    // strided: the parameter is [numel/3, 3] row by row, the others transposed, the gradient with every second element
+    const int64_t outer = s.numel / 3;
+    if (s.strided) c.dims.back() = {outer, 3, 3, 1, 2, 2 * outer, 1, outer, 1, outer, 1, outer};
+    for (int k = 0; k < max_operands; k++) {
+      if (k >= 2 && !(used >> (k - 2) & 1)) continue;
+      Case::Tensor t;
+      t.dtype = row.dtype[k] = k < 2 ? param : state;
+      t.extent = s.strided && k == 1 ? 2 * s.numel - 1 : s.numel;
+      t.memory.reset(new char[size_t(t.extent * itemsize(t.dtype))]);
+      for (int64_t i = 0; i < t.extent; i++) {
+        double value = random_value(special);
+        put(t.memory.get(), t.dtype, i, k >= 2 ? value * value : value);
+      }
+      row.data[k] = t.memory.get();
+      c.tensors.back().push_back(std::move(t));
+    }
+    c.scalars.emplace_back(size_t(max_scalars));
+    for (int i = 0; i < max_scalars; i++) {
+      double value = i == 0 ? -1 : (1 + random_bits() * 0x1p-31) * 0.3;
+      if (param == DType::f64) c.scalars.back()[size_t(i)] = value;
+      else reinterpret_cast<float*>(c.scalars.back().data())[i] = float(value);
+    }
+    c.rows.push_back(row);
+    c.ends.push_back(work += s.numel + row_cost);
+  }
+  for (size_t r = 0; r < c.rows.size(); r++) {
+    c.rows[r].scalars = c.scalars[r].data();
+    if (c.dims[r].empty()) continue;
+    c.layouts[r] = {2, c.dims[r].data(), {}};
+    for (int k = 0; k < max_operands; k++) c.layouts[r].strides[k] = c.dims[r].data() + 2 * (k + 1);
+    c.rows[r].layout = &c.layouts[r];
+  }
+  return c;
+}
+
+static uint64_t step(const Isa& isa, Case& c, int threads) {
+  const int64_t total = c.ends.back();
+  for (int repeat = 0; repeat < 2; repeat++) {
+    std::vector<std::thread> pool;
+    for (int t = 0; t < threads; t++)
+      pool.emplace_back([&, t] { run(isa, c.rows.data(), c.ends.data(), c.rows.size(), total * t / threads, total * (t + 1) / threads); });
+    for (auto& thread : pool) thread.join();
+  }
+  uint64_t hash = 1469598103934665603u;
+  for (auto& row : c.tensors)
+    for (auto& t : row)
+      for (int64_t i = 0; i < t.extent; i++) hash = (hash ^ canonical(t.memory.get(), t.dtype, i)) * 1099511628211u;
+  return hash;
+}
+
+static int failures = 0, cases = 0;
+static uint64_t all = 0;
+
+template <class O> static void check(int index) {
+  const DType dtypes[][2] = {{DType::f32, DType::f32}, {DType::f64, DType::f64}, {DType::bf16, DType::bf16}, {DType::f16, DType::f16},
+                             {DType::bf16, DType::f32}, {DType::f16, DType::f32}, {DType::f64, DType::f32}, {DType::f32, DType::bf16}};
+  for (unsigned used = 0; used < 1u << sizeof(O::slots) / sizeof(char*); used++) {
+    if ((used & O::required) != O::required) continue;
+    for (auto& dtype : dtypes)
+      for (bool special : {false, true}) {
+        uint64_t expected = 0;
+        for (int i = 0; i < isa_count; i++)
+          for (int threads : {1, 2, 3}) {
+            if (!isas[i].supported()) continue;
+            random_state = 7;
+            Case c = make(index, used, dtype[0], dtype[1], special,
+                             {{0, false}, {1, false}, {7, false}, {64, false}, {517, false}, {1029, true}, {1, false}, {3000, false}, {3, true}});
+            uint64_t hash = step(isas[i], c, threads);
+            if (!expected) expected = hash;
+            if (hash != expected) {
+              failures++;
+              std::printf("%s used=%u dtypes %d/%d special=%d: %s on %d threads differs\n", O::name, used, int(dtype[0]), int(dtype[1]), special, isas[i].name, threads);
+            }
+            cases++;
+          }
+        all = (all ^ expected) * 1099511628211u;
+      }
+  }
+}
+
+template <class... O> static void check_all(std::tuple<O...>*) {
+  int index = 0;
+  (check<O>(index++), ...);
+}
+
+int main() {
+  check_all(static_cast<Optimizers*>(nullptr));
+  std::printf("hash %016llx\n%d passed, %d failed\n", static_cast<unsigned long long>(all), cases - failures, failures);
+  return failures != 0;
+}
