@@ -2,10 +2,15 @@
 
 import math
 import operator
+import os
+import shutil
 import struct
+import subprocess
+import sys
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +22,9 @@ from tests.tools.ptx_ops import NUMPY, bits_of
 try:
     import triton
     import triton.language as tl
+    from triton.backends.compiler import GPUTarget
 
-    from tests.tools import driver
+    from tests.tools import driver, sass
 except ImportError:
     triton = None
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed: pip install triton")
@@ -680,3 +686,98 @@ def test_launches_can_be_recorded_only_and_the_driver_is_given_back():
         add_scaled[(0,)](out, x, 1001, 0.5, BLOCK=256, enable_fp_fusion=False)
     assert torch.equal(out, before) and [launch.machine for launch in gpu.launches] == [None]
     assert triton.runtime.driver._active is active
+
+
+# The stub libcuda under Triton's own launcher. In a process of its own, since nothing after it may look for CUDA.
+
+if triton:
+
+    @triton.jit
+    def store_sum(out_ptr, small, large, single, double: "fp64", flag, BLOCK: tl.constexpr):  # noqa: F821
+        total = small + large.to(tl.float64) + single + double + flag.to(tl.float64)
+        tl.store(out_ptr + tl.arange(0, BLOCK), total.to(tl.float32))
+
+
+def launches_of_all_argument_types(installed):
+    """Name, grid, warps and packed arguments of a launch by a tensor and one by its address."""
+    out = torch.zeros(64)
+    arguments = (-3, 1 << 40, 0.1, 0.1, True, 64)
+    with installed() as gpu:
+        compiled = store_sum[(2,)](out, *arguments, num_warps=2)
+        handles = compiled.function, compiled.packed_metadata, None, None, None
+        compiled.run(1, 2, 3, 0, *handles, out.data_ptr(), *arguments)
+    return [
+        (launch.name, launch.grid, launch.num_warps, [value.hex() for value in launch.parameters[1:]])
+        for launch in gpu.launches
+        if launch.parameters[0] == struct.pack("<Q", out.data_ptr())
+    ]
+
+
+def compare_launchers():
+    from tests.tools import stub_driver
+
+    packed = launches_of_all_argument_types(lambda: driver.installed(execute=False))
+    assert len(packed) == 2 and len(packed[0][3]) == 7  # five numbers and two pointers to scratch memory
+    assert launches_of_all_argument_types(lambda: stub_driver.installed(record=True)) == packed
+    with stub_driver.installed() as gpu:
+        store_sum[(1,)](torch.zeros(64), -3, 1 << 40, 0.1, 0.1, True, 64)
+    assert not gpu.launches
+
+
+@needs_triton
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler to build the stub with")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real libcuda is loaded")
+def test_the_c_launcher_packs_what_the_stand_in_packs():
+    code = "from tests import test_ptx_tools; test_ptx_tools.compare_launchers()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+# Machine code
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "backend, arch, warp",
+    [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64), ("hip", "gfx1100", 32)],
+)
+def test_report_of_machine_code(backend, arch, warp):
+    signature = {"out_ptr": "*fp32", "x_ptr": "*fp32", "n": "i32", "alpha": "fp32", "BLOCK": "constexpr"}
+    for aligned_to, width in ((16, 16), (4, 4)):
+        attributes = {(i,): [["tt.divisibility", aligned_to]] for i in range(3)}
+        source = triton.compiler.ASTSource(add_scaled, signature, {"BLOCK": 1024}, attributes)
+        compiled = triton.compile(source, target=GPUTarget(backend, arch, warp), options={"num_warps": 4})
+        report = sass.report(compiled)
+        vectors = 1024 // (4 * warp) * 4 // width
+        assert report.loads == {width: 2 * vectors} and report.stores == {width: vectors}
+        assert report.spills == 0 and 8 <= report.registers <= 64
+        if backend == "cuda":
+            elements = 1024 // (4 * warp)
+            assert 3 * vectors + elements < report.fast_path < 3 * vectors + elements + 60
+            assert report.loop is None
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;            /* 0x0 */
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0020*/                   LDG.E.U16 R8, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0030*/               @P1 BRA 0x70 ;                        /* 0x0 */
+        /*0040*/                   MOV R9, 0x60 ;                    /* 0x0 */
+        /*0050*/                   CALL.REL.NOINC 0xd0 ;             /* 0x0 */
+        /*0060*/                   STL [R1], R9 ;                    /* 0x0 */
+        /*0070*/                   FADD R4, R4, R5 ;                 /* 0x0 */
+        /*0080*/                   STG.E.128 desc[UR4][R2.64], R4 ;  /* 0x0 */
+        /*0090*/                   IADD3 R2, R2, 0x10, RZ ;          /* 0x0 */
+        /*00a0*/               @P2 BRA 0x10 ;                        /* 0x0 */
+        /*00b0*/                   NOP ;                             /* 0x0 */
+        /*00c0*/                   EXIT ;                            /* 0x0 */
+        /*00d0*/                   FMUL R4, R4, R5 ;                 /* 0x0 */
+        /*00e0*/                   RET.REL.NODEC R9 0x0 ;            /* 0x0 */
+"""
+
+
+@needs_triton
+def test_the_fast_path_leaves_out_subroutines():
+    report = sass._read_sass(SASS, registers=40)
+    assert (report.loads, report.stores, report.spills) == ({16: 1, 2: 1}, {16: 1}, 1)
+    assert report.fast_path == 10  # all but the five from 0x40 to 0x60 and from 0xd0
+    assert report.loop == 7  # 0x10, 0x20, 0x30, 0x70, 0x80, 0x90, 0xa0

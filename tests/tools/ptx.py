@@ -33,7 +33,8 @@ from tests.tools.ptx_parse import (
     parse,
 )
 
-__all__ = ["Divergence", "Endless", "Machine", "Misaligned", "OutOfBounds", "PTXError", "Race", "Refused", "parse"]
+__all__ = ["Divergence", "Endless", "Kernel", "Machine", "Misaligned", "OutOfBounds", "PTXError", "Race"]
+__all__ += ["Refused", "parse"]
 
 
 class Refused(PTXError):
