@@ -4,7 +4,7 @@
         kernel[grid](cpu_tensor, n, BLOCK=1024)  # everything but the GPU
 
 Nothing is executed (driver.py does that). Needs a C compiler, and a process of its own: whatever else looks for CUDA in
-this process finds the stub.
+it finds the stub, and Triton, which caches kernels by device, goes on using the first target's.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ class Driver(CudaDriver):
         self.launches: list[Launch] = []
         self.kernels: dict[int, tuple[str, ptx.Kernel]] = {}
         self.get_device_capability = lambda device=0: divmod(arch, 10)
-        self.get_current_device = lambda: arch  # Triton caches kernels by device
+        self.get_current_device = lambda: 0
         self.set_current_device = lambda device: None
         self.get_current_stream = lambda device=0: 0
         self._callback = _Callback(self._record) if record else _Callback()
