@@ -10,6 +10,9 @@ CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-
 CORE := tests/native/core_test.cpp csrc/isa.cpp csrc/isa_avx2.cpp csrc/isa_avx512.cpp
 CORE_DEPS := $(CORE) csrc/core.h csrc/apply.h csrc/optimizers.h
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
 .PHONY: help setup demo test pytest lint native native-arm bench bench-quick bench-gpu clean
 
 help:  ## this list

@@ -1,6 +1,7 @@
 // The plan, and the only file that knows torch: walks an optimizer's live containers, checks everything, then writes.
 //
 //   step(optimizer)  ->  None                      the step is done
+//                        ((bucket, ...), ...)      done on the CPU; fastopt/gpu.py uploads and launches these
 //                        [(group, param), ...]     these parameters want their state made (nothing was written; call again)
 //                        "reason"                  not for this library: torch's own step shall run (nothing was written)
 //                        raises                    refused (nothing was written)
@@ -19,6 +20,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <new>
 #include <unordered_map>
 #include <vector>
@@ -137,9 +139,14 @@ struct Outside { const char* reason; };   // thrown: torch's own step shall run
 
 const uint64_t plain_keys = (c10::DispatchKeySet(c10::DispatchKey::CPU) | c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) |
                              c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) |
-                             c10::DispatchKeySet(c10::DispatchKey::AutocastCPU)).raw_repr();
+                             c10::DispatchKeySet(c10::DispatchKey::AutocastCPU) | c10::DispatchKeySet(c10::DispatchKey::CUDA) |
+                             c10::DispatchKeySet(c10::DispatchKey::AutogradCUDA) |
+                             c10::DispatchKeySet(c10::DispatchKey::AutocastCUDA)).raw_repr();
 
-// A dense CPU tensor with nothing between it and its memory: no subclass, no lazy negation or conjugation, no transform.
+// The device type that Triton serves: CUDA, which ROCm goes by too. Tests without a GPU let it serve CPU tensors.
+c10::DeviceType gpu_type = c10::kCUDA;
+
+// A dense CPU or GPU tensor with nothing between it and its memory: no subclass, no lazy negation or conjugation, no transform.
 bool is_plain(const at::TensorImpl* t) { return (t->key_set().raw_repr() & ~plain_keys) == 0; }
 
 bool has_torch_function(PyObject* tensor) {
@@ -174,6 +181,7 @@ class Plan {
  public:
   explicit Plan(int index) : index(index), optimizer(optimizers[index]) {}
   PyObject* step(PyObject* self, PyObject* fresh);
+  void set_capacity(size_t bucket, int64_t words);
 
  private:
   struct Entry { PyObject *key, *value; };        // of `state`
@@ -190,6 +198,23 @@ class Plan {
     uint32_t group;
     size_t scalars;
     int64_t layout;
+    size_t bucket;                                // of a GPU row
+  };
+  struct Batch {
+    Vec<Row> rows;
+    Vec<Written> written;                         // row by row
+    void clear() { rows.clear(), written.clear(); }
+  };
+  struct Bucket {                                 // GPU rows that one launch serves
+    c10::DeviceIndex device;
+    unsigned used;
+    DType param, state;
+    int64_t capacity = 0;                         // words of 8 bytes that its buffer on the device holds
+    Vec<int64_t> image;                           // the arrays of kernels/multi_tensor.py, as last handed over
+    Vec<int64_t> numels;                          // of the rows in it
+    bool current = false;                         // whether image has the present shapes
+    int64_t programs = 0, words = 0, table_at = 0, scalars_at = 0, changed_from = 0, changed_to = 0;
+    int64_t rows = 0, scalar_rows = 0, last_scalars = -1;
   };
   struct Extent { uintptr_t begin, end; };        // of a parameter in memory
 
@@ -205,7 +230,11 @@ class Plan {
   size_t scalars_for(Group& group, double t, bool f64);
   bool rows_overlap();
   void count_repeated_steps();
+  void count_steps(Batch& batch);
   void write(bool in_turn);
+  size_t bucket_of(const Row& row, const at::TensorImpl* param);
+  PyObject* gpu_wants();
+  PyObject* gpu_launches();
   void run_rows(const Row* first, const int64_t* ends, size_t count);
   void clear();
 
@@ -213,6 +242,7 @@ class Plan {
   const Optimizer& optimizer;
   Vec<int32_t> places;                            // per parameter, in the order of param_groups: its place in `state`, or -1
   Vec<uint32_t> order;                            // rows by address
+  Vec<Bucket> buckets;
   bool busy = false;                              // a step is under way, perhaps without the GIL
 
   // Memory used again; its content is that of one call.
@@ -226,8 +256,7 @@ class Plan {
   Vec<Group> groups;
   Vec<Value> values;
   Vec<Scalars> scalars;
-  Vec<Row> rows;
-  Vec<Written> written;
+  Batch cpu, gpu;
   Vec<Extent> extents;
   Vec<int64_t> ends;
   Vec<Layout> layouts;
@@ -236,7 +265,7 @@ class Plan {
 };
 
 void Plan::clear() {
-  entries.clear(), groups.clear(), values.clear(), scalars.clear(), rows.clear(), written.clear(), extents.clear(), ends.clear();
+  entries.clear(), groups.clear(), values.clear(), scalars.clear(), cpu.clear(), gpu.clear(), extents.clear(), ends.clear();
   layouts.clear(), dims.clear(), alive.clear(), fresh_params.clear();
   param_count = 0, entries_read = entries_found = false;
 }
@@ -361,7 +390,7 @@ at::TensorImpl* Plan::check_slot(PyObject* value, const at::TensorImpl* param, D
     raise(PyExc_TypeError, c10::str("state['", name, "'] of ", where, " must be a tensor, not ", Py_TYPE(value)->tp_name));
   at::TensorImpl* t = THPVariable_Unpack(value).unsafeGetTensorImpl();
   DType dtype;
-  if (t->device_type() != param->device_type())
+  if (t->device() != param->device())
     raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " is on ", t->device(), ", the parameter on ", param->device()));
   if (!is_plain(t)) throw Outside{"a state tensor is not a plain strided tensor"};
   if (t->sizes() != param->sizes())
@@ -386,9 +415,10 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   at::TensorImpl* grad = param->grad().unsafeGetTensorImpl();
 
   DType param_dtype, grad_dtype;
-  if (param->device_type() != at::kCPU) throw Outside{"a parameter is not on the CPU"};
+  const bool on_gpu = param->device_type() == gpu_type;
+  if (!on_gpu && param->device_type() != at::kCPU) throw Outside{"a parameter is on a device other than CPU and GPU"};
   if (!is_plain(param) || has_torch_function(object)) throw Outside{"a parameter is a tensor subclass or not strided"};
-  if (grad->device_type() != at::kCPU)
+  if (grad->device() != param->device())
     raise(PyExc_RuntimeError, c10::str("grad of ", where, " is on ", grad->device(), ", the parameter on ", param->device()));
   if (!is_plain(grad)) throw Outside{"a gradient is sparse, a tensor subclass or not strided"};
   if (!dtype_of(param, param_dtype)) {
@@ -439,7 +469,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
       if (!THPVariable_Check(step)) return add_missing(group_dict, object);
       w.step = THPVariable_Unpack(step).unsafeGetTensorImpl();
       auto dtype = w.step->dtype().toScalarType();
-      if (!is_plain(w.step) || w.step->numel() != 1 || (dtype != at::kFloat && dtype != at::kDouble)) return add_missing(group_dict, object);
+      if (!is_plain(w.step) || w.step->device_type() != at::kCPU || w.step->numel() != 1 || (dtype != at::kFloat && dtype != at::kDouble)) return add_missing(group_dict, object);
       check_written(w.step, "state['step']", where);
     }
   }
@@ -462,8 +492,13 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   }
   auto begin = reinterpret_cast<uintptr_t>(row.data[0]);
   extents.push_back({begin, begin + uintptr_t(reach * itemsize(param_dtype))});
-  rows.push_back(row);
-  written.push_back(w);
+  if (on_gpu) {
+    if (w.layout >= 0) throw Outside{"on a GPU, a parameter, its gradient and state differ in strides"};
+    w.bucket = bucket_of(row, param);
+  }
+  Batch& batch = on_gpu ? gpu : cpu;
+  batch.rows.push_back(row);
+  batch.written.push_back(w);
 }
 
 // The place in `layouts` of operands that do not walk memory in one order; -1 if they do. Dimensions are taken in the order of the
@@ -536,13 +571,13 @@ void Plan::check(PyObject* self, PyObject* fresh) {
 // Whether two parameters share memory: the rows must then be stepped in turn. The order by address is kept from step to step.
 bool Plan::rows_overlap() {
   auto sorted = [&] {
-    if (order.size() != rows.size()) return false;
+    if (order.size() != extents.size()) return false;
     for (size_t i = 1; i < order.size(); i++)
       if (extents[order[i - 1]].begin > extents[order[i]].begin) return false;
     return true;
   };
   if (!sorted()) {
-    order.resize(rows.size());
+    order.resize(extents.size());
     for (size_t i = 0; i < order.size(); i++) order[i] = uint32_t(i);
     std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return extents[a].begin < extents[b].begin; });
   }
@@ -557,11 +592,25 @@ bool Plan::rows_overlap() {
 // A parameter listed twice is stepped twice: its second row is one step further.
 void Plan::count_repeated_steps() {
   std::unordered_map<at::TensorImpl*, int> seen;
-  for (size_t r = 0; r < rows.size(); r++) {
-    int before = seen[written[r].param]++;
-    if (!before) continue;
-    written[r].t += before;
-    written[r].scalars = scalars_for(groups[written[r].group], written[r].t, rows[r].dtype[0] == DType::f64);
+  for (size_t r = 0; r < cpu.rows.size(); r++) {
+    Written& w = cpu.written[r];
+    if (int before = seen[w.param]++) {
+      w.t += before;
+      w.scalars = scalars_for(groups[w.group], w.t, cpu.rows[r].dtype[0] == DType::f64);
+    }
+  }
+}
+
+// Stores the step counts, and tells autograd that the tensors change.
+void Plan::count_steps(Batch& batch) {
+  for (const Written& w : batch.written) {
+    w.param->bump_version();
+    for (int k = 0; k < optimizer.slots; k++)
+      if (w.slots[k]) w.slots[k]->bump_version();
+    if (!w.step) continue;
+    if (w.step->dtype().toScalarType() == at::kFloat) *static_cast<float*>(w.step->mutable_data()) = float(w.t);
+    else *static_cast<double*>(w.step->mutable_data()) = w.t;
+    w.step->bump_version();
   }
 }
 
@@ -583,29 +632,22 @@ void Plan::write(bool in_turn) {
     for (int k = 0; k < max_operands; k++) layout.strides[k] = at + layout.ndim * (k + 1);
     at += layout.ndim * (1 + max_operands);
   }
-  for (size_t r = 0; r < rows.size(); r++) {
-    Row& row = rows[r];
-    const Written& w = written[r];
+  for (size_t r = 0; r < cpu.rows.size(); r++) {
+    Row& row = cpu.rows[r];
+    const Written& w = cpu.written[r];
     row.scalars = &scalars[w.scalars];
     row.layout = w.layout < 0 ? nullptr : &layouts[w.layout];
-    w.param->bump_version();
-    for (int k = 0; k < optimizer.slots; k++)
-      if (w.slots[k]) w.slots[k]->bump_version();
-    if (w.step) {
-      if (w.step->dtype().toScalarType() == at::kFloat) *static_cast<float*>(w.step->mutable_data()) = float(w.t);
-      else *static_cast<double*>(w.step->mutable_data()) = w.t;
-      w.step->bump_version();
-    }
     total += row.numel + row_cost;
     ends.push_back(in_turn ? row.numel + row_cost : total);
   }
+  count_steps(cpu);
   auto run_all = [&] {
-    if (!in_turn) return run_rows(rows.data(), ends.data(), rows.size());
-    for (size_t r = 0; r < rows.size(); r++) run_rows(&rows[r], &ends[r], 1);
+    if (!in_turn) return run_rows(cpu.rows.data(), ends.data(), cpu.rows.size());
+    for (size_t r = 0; r < cpu.rows.size(); r++) run_rows(&cpu.rows[r], &ends[r], 1);
   };
   if (total < release_gil) return run_all();
   auto hold = [&](at::TensorImpl* t) { if (t) alive.push_back(c10::intrusive_ptr<at::TensorImpl>::reclaim_copy(t)); };
-  for (const Written& w : written) {
+  for (const Written& w : cpu.written) {
     hold(w.param), hold(w.param->grad().unsafeGetTensorImpl());
     for (at::TensorImpl* slot : w.slots) hold(slot);
   }
@@ -630,12 +672,120 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
     return PyUnicode_FromString(outside.reason);
   }
   if (missing) return Py_NewRef(missing);
-  if (!rows.empty()) {
-    const bool in_turn = rows_overlap();
+  const bool in_turn = rows_overlap();
+  if (!gpu.rows.empty()) {
+    if (in_turn) return PyUnicode_FromString("on a GPU, parameters share memory");
+    if (PyObject* wants = gpu_wants()) return wants;
+  }
+  if (!cpu.rows.empty()) {
     if (in_turn) count_repeated_steps();
     write(in_turn);
   }
+  if (!gpu.rows.empty()) return gpu_launches();
   Py_RETURN_NONE;
+}
+
+// ---- the GPU half of the plan: the arrays of kernels/multi_tensor.py, and what of them changed
+
+constexpr int64_t chunk = 1024;           // elements per program: CHUNK of kernels/multi_tensor.py
+
+size_t Plan::bucket_of(const Row& row, const at::TensorImpl* param) {
+  DType state = row.dtype[0];
+  for (int k = 0, first = 1; k < optimizer.slots; k++) {
+    if (!(row.used >> k & 1)) continue;
+    if (!first && row.dtype[2 + k] != state) throw Outside{"on a GPU, the state tensors of a parameter differ in dtype"};
+    state = row.dtype[2 + k], first = 0;
+  }
+  const c10::DeviceIndex device = param->device().has_index() ? param->device().index() : c10::DeviceIndex(0);
+  for (size_t b = 0; b < buckets.size(); b++)
+    if (buckets[b].device == device && buckets[b].used == row.used && buckets[b].param == row.dtype[0] && buckets[b].state == state) return b;
+  Bucket made;
+  made.device = device, made.used = row.used, made.param = row.dtype[0], made.state = state;
+  buckets.push_back(std::move(made));
+  return buckets.size() - 1;
+}
+
+void Plan::set_capacity(size_t bucket, int64_t words) {
+  buckets.at(bucket).capacity = words, buckets.at(bucket).current = false;
+}
+
+// Lays out the arrays of every bucket. Returns ("gpu", (bucket, device, used, param dtype, state dtype, words), ...) of those that
+// have no kernel yet or too small a buffer, to be answered by set_capacity and another call; or null.
+PyObject* Plan::gpu_wants() {
+  for (Bucket& b : buckets) b.rows = b.scalar_rows = 0, b.last_scalars = -1;
+  for (size_t r = 0; r < gpu.rows.size(); r++) {
+    const Written& w = gpu.written[r];
+    Bucket& b = buckets[w.bucket];
+    if (size_t(b.rows) == b.numels.size()) b.numels.push_back(-1);
+    if (b.numels[size_t(b.rows)] != gpu.rows[r].numel) b.numels[size_t(b.rows)] = gpu.rows[r].numel, b.current = false;
+    b.rows++;
+    if (int64_t(w.scalars) != b.last_scalars) b.scalar_rows++;
+    b.last_scalars = int64_t(w.scalars);
+  }
+  py::list wants;
+  for (size_t i = 0; i < buckets.size(); i++) {
+    Bucket& b = buckets[i];
+    const int64_t scalars_size = b.scalar_rows * optimizer.scalars * (b.param == DType::f64 ? 8 : 4);
+    if (size_t(b.rows) != b.numels.size()) b.numels.resize(size_t(b.rows)), b.current = false;
+    if (!b.current) {
+      b.programs = 0;
+      for (int64_t numel : b.numels) b.programs += (numel + chunk - 1) / chunk;
+    }
+    b.table_at = b.programs;
+    b.scalars_at = b.table_at + b.rows * (4 + optimizer.slots);
+    const int64_t words = b.scalars_at + (scalars_size + 7) / 8;
+    if (int64_t(b.image.size()) != words) b.current = false;
+    b.words = words;
+    if (b.rows && words > b.capacity) wants.append(py::make_tuple(i, int(b.device), b.used, int(b.param), int(b.state), words));
+  }
+  if (wants.empty()) return nullptr;
+  wants.insert(0, "gpu");
+  return py::tuple(wants).release().ptr();
+}
+
+// Brings every image up to date. Returns ((bucket, programs, table_at, scalars_at, changed from, to, address of the image), ...), all
+// but the address in words of 8 bytes.
+PyObject* Plan::gpu_launches() {
+  for (Bucket& b : buckets) {
+    b.image.resize(size_t(b.words));
+    b.changed_from = b.current ? b.words : 0, b.changed_to = b.current ? 0 : b.words;
+    b.rows = b.scalar_rows = 0, b.last_scalars = -1;
+    if (b.current) continue;
+    int64_t* work = b.image.data();
+    for (size_t row = 0; row < b.numels.size(); row++)
+      for (int64_t c = 0; c * chunk < b.numels[row]; c++) *work++ = int64_t(row) << 32 | c;
+  }
+  const size_t scalars_size = size_t(optimizer.scalars);
+  for (size_t r = 0; r < gpu.rows.size(); r++) {
+    const Row& row = gpu.rows[r];
+    const Written& w = gpu.written[r];
+    Bucket& b = buckets[w.bucket];
+    auto put = [&](int64_t at, const void* from, size_t size) {   // at: in bytes
+      char* to = reinterpret_cast<char*>(b.image.data()) + at;
+      if (!std::memcmp(to, from, size)) return;
+      std::memcpy(to, from, size);
+      b.changed_from = std::min(b.changed_from, at / 8);
+      b.changed_to = std::max(b.changed_to, (at + int64_t(size) + 7) / 8);
+    };
+    if (int64_t(w.scalars) != b.last_scalars) {
+      const size_t size = scalars_size * (b.param == DType::f64 ? 8 : 4);
+      put(8 * b.scalars_at + b.scalar_rows++ * int64_t(size), &scalars[w.scalars], size);
+      b.last_scalars = int64_t(w.scalars);
+    }
+    int64_t line[2 + max_operands] = {row.numel, b.scalar_rows - 1};
+    for (int k = 0; k < max_operands; k++) line[2 + k] = reinterpret_cast<int64_t>(row.data[k]);
+    const int64_t columns = 4 + optimizer.slots;
+    put(8 * (b.table_at + b.rows++ * columns), line, size_t(8 * columns));
+  }
+  py::list launches;
+  for (size_t i = 0; i < buckets.size(); i++) {
+    Bucket& b = buckets[i];
+    b.current = true;
+    if (!b.programs) continue;
+    launches.append(py::make_tuple(i, b.programs, b.table_at, b.scalars_at, b.changed_from, b.changed_to, reinterpret_cast<int64_t>(b.image.data())));
+  }
+  count_steps(gpu);
+  return py::tuple(launches).release().ptr();
 }
 
 // ---- the module
@@ -698,6 +848,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }
     raise(PyExc_ValueError, "ISA '" + name + "' is not available here; there are: " + known);
   });
+  m.attr("gpu_chunk") = chunk;
+  m.def("gpu_type", [] { return c10::DeviceTypeName(gpu_type, true); });
+  m.def("set_gpu_type", [](const std::string& type) { gpu_type = c10::Device(type).type(); });
+  m.def("set_capacity", [](py::object optimizer, size_t bucket, int64_t words) { plan_of(optimizer.ptr())->set_capacity(bucket, words); });
   m.def("counters", [] { return std::map<std::string, int64_t>{{"allocations", allocations}, {"builds", builds}}; });
   m.def("optimizers", [] {
     std::map<std::string, std::vector<std::string>> slots;

@@ -33,7 +33,8 @@ class FusedStep(_Base):
 
     _update: ClassVar[str]  # the name of the update in csrc/optimizers.h and kernels/
     _takes_sparse: ClassVar[bool] = False
-    _plan: Any = None  # made by the extension at the first step; never pickled or copied
+    _plan: Any = None  # made by the extension at the first step; like _gpu, never pickled or copied
+    _gpu: Any = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -104,32 +105,51 @@ class FusedStep(_Base):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._gpu is not None:
+            self._gpu.refuse_capture(self)
         rest = _C.step(self)
         if rest is not None:
-            self._finish(rest)
+            if type(rest) is tuple and self._gpu is not None and rest[0] != "gpu":
+                self._gpu.run(rest)
+            else:
+                self._finish(rest)
         return loss
 
     @torch._disable_dynamo
-    def _finish(self, rest: str | list[tuple[Group, Tensor]]) -> None:
-        """What the plan did not do: torch's own step for a reason, or the first step of some parameters."""
-        if not isinstance(rest, str):
-            before = [(param, dict(self.state[param]) if param in self.state else None) for _, param in rest]
-            try:
-                self._make_state(rest)
-                rest = _C.step(self, [param for _, param in rest])
-                if rest is None:
-                    return
-                if not isinstance(rest, str):
-                    raise RuntimeError("state could not be made for a parameter: its step count must be a number")
-            except BaseException:
-                for param, state in before:
-                    if state is None:
-                        del self.state[param]
-                    else:
-                        self.state[param].clear()
-                        self.state[param].update(state)
-                raise
-        self._torch_step(rest)
+    def _finish(self, rest: Any) -> None:
+        """What the plan could not do by itself: state of new parameters, GPU kernels and buffers, torch's own step for a reason."""
+        made: list[tuple[Tensor, dict[str, Any] | None]] = []
+        try:
+            while rest is not None:
+                if isinstance(rest, str):
+                    return self._torch_step(rest)
+                if isinstance(rest, list):
+                    if made:
+                        raise RuntimeError("state could not be made for a parameter: its step count must be a number")
+                    made = [(param, dict(self.state[param]) if param in self.state else None) for _, param in rest]
+                    self._make_state(rest)
+                elif rest[0] == "gpu":
+                    self._prepare_gpu(rest[1:])
+                else:
+                    return self._gpu.run(rest)
+                rest = _C.step(self, [param for param, _ in made])
+        except BaseException:
+            for param, state in made:
+                if state is None:
+                    del self.state[param]
+                else:
+                    self.state[param].clear()
+                    self.state[param].update(state)
+            raise
+
+    def _prepare_gpu(self, wants: tuple[Any, ...]) -> None:
+        from .gpu import Gpu
+
+        if self._gpu is None:
+            gpu = Gpu(self._update)
+            gpu.refuse_capture(self)
+            self._gpu = gpu
+        self._gpu.prepare(self, wants)
 
     def _torch_step(self, reason: str) -> None:
         """torch's own step, as a for-loop or foreach: its fused kernels have other bits."""

@@ -1,0 +1,130 @@
+"""The GPU backend between plan and kernels: uploads what changed of the plan's arrays, and launches.
+
+The plan (csrc/bind.cpp) has checked everything and laid out, for each bucket of rows that one launch serves, the arrays that
+kernels/multi_tensor.py describes. Imported, and Triton with it, when a GPU tensor is stepped for the first time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from typing import Any
+
+import torch
+
+from .backends import _C
+
+try:
+    from .kernels import multi_tensor
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    raise ImportError(
+        "fastopt steps GPU tensors with Triton, and the package `triton` is not installed: pip install triton "
+        "(torch's CUDA builds bring it along)"
+    ) from error
+
+Want = tuple[int, int, int, int, int, int]
+Launch = tuple[int, int, int, int, int, int, int]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of DType in csrc/core.h
+
+
+class Staging:
+    """Page-locked memory that the device copies from, and how to know whether it still does."""
+
+    def __init__(self, words: int, device: torch.device):
+        on_gpu = device.type != "cpu"
+        self.memory = torch.empty(words, dtype=torch.int64, pin_memory=on_gpu)
+        self.address = self.memory.data_ptr()
+        self.copied = torch.cuda.Event() if on_gpu else None
+
+    def free(self) -> bool:
+        return self.copied is None or self.copied.query()
+
+
+class Bucket:
+    """The device buffer and the compiled kernel of rows that one launch serves."""
+
+    def __init__(self, algorithm: str, device: torch.device, used: int, param: int, state: int):
+        self.device = device
+        self.launcher = multi_tensor.update_launcher(algorithm, used, DTYPES[param], DTYPES[state], device.index or 0)
+        self.buffer = torch.empty(0, dtype=torch.int64, device=device)
+        self.staging: list[Staging] = []
+        self.uploads = 0
+        self.uploaded_words = 0
+        self._views: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def grow(self, words: int) -> None:
+        self.buffer = torch.empty(words, dtype=torch.int64, device=self.device)
+        self.staging = []
+        self._views = {}
+
+    def upload(self, image: int, start: int, stop: int) -> None:
+        """Words [start, stop) of the plan's image, on the current stream, through memory that no copy reads any more."""
+        index = next((i for i, staging in enumerate(self.staging) if staging.free()), len(self.staging))
+        if index == len(self.staging):
+            self.staging.append(Staging(self.buffer.numel(), self.device))
+        staging = self.staging[index]
+        ctypes.memmove(staging.address + 8 * start, image + 8 * start, 8 * (stop - start))
+        views = self._views.get((index, start, stop))
+        if views is None:
+            if len(self._views) > 64:
+                self._views.clear()
+            views = self._views[index, start, stop] = self.buffer[start:stop], staging.memory[start:stop]
+        views[0].copy_(views[1], non_blocking=True)
+        if staging.copied is not None:
+            staging.copied.record()
+        self.uploads += 1
+        self.uploaded_words += stop - start
+
+
+class Gpu:
+    """What an optimizer keeps for its GPU parameters."""
+
+    def __init__(self, algorithm: str):
+        self.algorithm = algorithm
+        self.buckets: dict[int, Bucket] = {}
+        self.launches = 0
+        self._on_cuda = _C.gpu_type() == "cuda"
+
+    def refuse_capture(self, optimizer: Any) -> None:
+        """torch's error for a step under graph capture: the scalars come from the host, which a replay does not ask."""
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"Attempting CUDA graph capture of step() for an instance of {type(optimizer).__name__} "
+                "but param_groups' capturable is False."
+            )
+
+    def prepare(self, optimizer: Any, wants: tuple[Want, ...]) -> None:
+        """Compiles kernels and makes buffers, before anything is written."""
+        for number, index, used, param, state, words in wants:
+            device = torch.device(_C.gpu_type(), index)
+            with _current(device):
+                bucket = self.buckets.get(number)
+                if bucket is None:
+                    bucket = self.buckets[number] = Bucket(self.algorithm, device, used, param, state)
+                if bucket.buffer.numel() < words:
+                    bucket.grow(words * 2 if bucket.buffer.numel() else words)
+            _C.set_capacity(optimizer, number, bucket.buffer.numel())
+
+    def run(self, launches: tuple[Launch, ...]) -> None:
+        for number, programs, table_at, scalars_at, start, stop, image in launches:
+            bucket = self.buckets[number]
+            with _current(bucket.device):
+                if start < stop:
+                    bucket.upload(image, start, stop)
+                base = bucket.buffer.data_ptr()
+                stream = multi_tensor.driver.active.get_current_stream(bucket.device.index or 0)
+                bucket.launcher.launch(programs, stream, base, base + 8 * table_at, base + 8 * scalars_at)
+            self.launches += 1
+
+
+_no_switch = contextlib.nullcontext()
+
+
+def _current(device: torch.device) -> Any:
+    """Makes `device` the current one, which launches and allocations are for; free where it already is."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return _no_switch
+    return torch.cuda.device(device)
