@@ -6,7 +6,7 @@ Names, statements and their order are those of csrc/optimizers.h; docs/numerics.
 import triton
 import triton.language as tl
 
-from .arithmetic import div, sqrt
+from .arithmetic import div, neg, sqrt
 
 SLOTS = ("sum",)
 HYPERS = ("lr", "lr_decay", "weight_decay", "eps", "maximize")
@@ -33,4 +33,4 @@ def scalars(hypers, step, T: tl.constexpr):
     return (tl.where(maximize != 0, -1.0, 1.0),
             weight_decay,
             eps,
-            -clr)
+            neg(clr))

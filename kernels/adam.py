@@ -6,7 +6,7 @@ Names, statements and their order are those of csrc/optimizers.h; docs/numerics.
 import triton
 import triton.language as tl
 
-from .arithmetic import div, lerp_from_end, lerp_weight, maximum, power, sqrt
+from .arithmetic import div, lerp_from_end, lerp_weight, maximum, neg, power, sqrt
 
 SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
@@ -50,4 +50,4 @@ def scalars(hypers, step, T: tl.constexpr):
             1 - beta2,
             tl.sqrt(bias_correction2),
             eps,
-            -step_size)
+            neg(step_size))

@@ -4,8 +4,18 @@ On fp32, Triton's `/` and `tl.sqrt` are approximations; its `_rn` forms are exac
 are exact.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+# Triton 3.6 for ROCm lowers a square root as if subnormal inputs were flushed to zero, which they are not.
+SQRT_NEEDS_NORMAL = tl.constexpr(torch.version.hip is not None and triton.__version__.startswith("3.6."))
+
+
+@triton.jit
+def neg(a):
+    """-a. Before Triton 3.8 `-a` is 0 - a, which has the wrong sign for a zero."""
+    return a * -1.0
 
 
 @triton.jit
@@ -22,6 +32,9 @@ def sqrt(a):
     """The square root of a, rounded once."""
     if a.dtype == tl.float64:
         return tl.sqrt(a)
+    elif SQRT_NEEDS_NORMAL:
+        small = a < 2.0**-96
+        return tl.sqrt_rn(tl.where(small, a * 2.0**32, a)) * tl.where(small, 2.0**-16, 1.0)
     else:
         return tl.sqrt_rn(a)
 
@@ -54,10 +67,10 @@ def power(base, exponent):
     while exponent > 0:
         if exponent & 1:
             product = result * base
-            result_lost = tl.fma(result, base, -product) + (result * base_lost + result_lost * base)
+            result_lost = tl.fma(result, base, neg(product)) + (result * base_lost + result_lost * base)
             result = product
         product = base * base
-        base_lost = tl.fma(base, base, -product) + 2 * base * base_lost
+        base_lost = tl.fma(base, base, neg(product)) + 2 * base * base_lost
         base = product
         exponent >>= 1
     return result + result_lost

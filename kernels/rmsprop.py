@@ -6,7 +6,7 @@ Names, statements and their order are those of csrc/optimizers.h; docs/numerics.
 import triton
 import triton.language as tl
 
-from .arithmetic import div, lerp_from_end, lerp_weight, sqrt
+from .arithmetic import div, lerp_from_end, lerp_weight, neg, sqrt
 
 SLOTS = ("square_avg", "momentum_buffer", "grad_avg")
 HYPERS = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
@@ -25,7 +25,7 @@ def update(param, grad, state, h, USED: tl.constexpr):
     u = square_avg
     if USED & 0b100:  # centered
         grad_avg = tl.fma(lerp_weight, grad - grad_avg, tl.where(lerp_from_grad != 0, grad, grad_avg))
-        u = tl.fma(-grad_avg, grad_avg, square_avg)
+        u = tl.fma(neg(grad_avg), grad_avg, square_avg)
     denom = sqrt(u) + eps
     if USED & 0b010:  # momentum
         momentum_buffer = momentum_buffer * momentum + div(grad, denom)
@@ -47,4 +47,4 @@ def scalars(hypers, step, T: tl.constexpr):
             lerp_from_end(one_minus_alpha),
             eps,
             momentum,
-            -lr)
+            neg(lr))

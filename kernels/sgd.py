@@ -6,6 +6,8 @@ Names, statements and their order are those of csrc/optimizers.h; docs/numerics.
 import triton
 import triton.language as tl
 
+from .arithmetic import neg
+
 SLOTS = ("momentum_buffer",)
 HYPERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 SCALARS = ("sign", "weight_decay", "momentum", "grad_weight", "nesterov", "neg_lr")
@@ -33,4 +35,4 @@ def scalars(hypers, step, T: tl.constexpr):
             momentum,
             tl.where(step == 1, 1.0, 1 - dampening),  # the first step has no dampening; the buffer starts as -0.0
             tl.where(nesterov != 0, 1.0, 0.0),
-            -lr)
+            neg(lr))
