@@ -1,0 +1,146 @@
+"""The benchmark as a pytest-benchmark suite on the small workloads, and tests of the benchmark itself.
+
+    pytest bench/test_bench.py [--benchmark-group-by=param:workload,param:optimizer] [--benchmark-compare ...]
+
+Not collected by a plain `pytest`. pytest-benchmark times one candidate after the other; bench.run, which takes turns,
+is the one to believe where two are close.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from . import candidates, compare, measure, roof, workloads
+from .candidates import CANDIDATES, OPTIMIZERS, Problem, check, reference
+
+SMALL = ("two scalars", "mlp", "1000 x 256", "465 groups")
+TINY = workloads.Workload("tiny", (((5,), (3, 4)), ((130,),)))
+
+
+@pytest.mark.parametrize("workload", SMALL)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_step(benchmark, workload, optimizer, candidate):
+    row, problem = OPTIMIZERS[optimizer], Problem(workloads.WORKLOADS[workload], torch.float32)
+    try:
+        subject = candidates.make(candidate, row, problem)
+    except candidates.Unavailable as why:
+        pytest.skip(str(why))
+    assert check(candidate, subject, reference(row, problem), row, problem) == ""
+    benchmark(subject.step)
+
+
+# ---- the benchmark itself
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [("mlp", 6, 669_706), ("resnet50", 161, 25_557_032), ("gpt2", 148, 124_439_808), ("465 groups", 465, 119_040)],
+)
+def test_workloads_have_the_published_sizes(name, tensors, elements):
+    workload = workloads.WORKLOADS[name]
+    assert (len(workload.shapes), workload.elements) == (tensors, elements)
+
+
+class WrongLast(torch.optim.Adam):
+    """Leaves the last element of the last tensor as it was."""
+
+    def step(self):
+        last = self.param_groups[-1]["params"][-1].data[-1:]
+        before = last.clone()
+        super().step()
+        last.copy_(before)
+
+
+class NotANumber(torch.optim.Adam):
+    def step(self):
+        super().step()
+        self.param_groups[0]["params"][0].data[0] = float("nan")
+
+
+class WrongRate(torch.optim.Adam):
+    """Gives every group the first one's learning rate."""
+
+    def step(self):
+        for group in self.param_groups:
+            group["lr"] = self.param_groups[0]["lr"]
+        super().step()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "dtype"),
+    # learning rates that differ by 1/1000 are the same in bf16
+    [(WrongLast, "fp32"), (WrongLast, "bf16"), (NotANumber, "fp32"), (NotANumber, "bf16"), (WrongRate, "fp32")],
+)
+def test_a_wrong_candidate_is_refused_and_not_timed(wrong, dtype, monkeypatch):
+    monkeypatch.setitem(CANDIDATES, "fused", lambda row, groups, dtype: wrong(groups))
+    result = measure.measure(TINY, "Adam", dtype, measure.QUICK, ["default", "fused"])
+    assert set(result["refused"]) == {"fused"}
+    assert set(result["seconds"]) == {"default"}
+
+
+@pytest.mark.parametrize("dtype", measure.DTYPES.values())
+def test_checking_leaves_the_problem_as_it_was(dtype):
+    row, problem = OPTIMIZERS["Adam"], Problem(TINY, dtype)
+    before = copy.deepcopy([problem.start, problem.grads])
+    subject = candidates.make("default", row, problem)
+    subject.param_groups[0]["eps"] = 0.1
+    assert check("default", subject, reference(row, problem), row, problem)
+    torch.testing.assert_close([problem.start, problem.grads], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", measure.DTYPES.values())
+def test_the_roof_changes_nothing(optimizer, dtype):
+    row, problem = OPTIMIZERS[optimizer], Problem(TINY, dtype)
+    subject = candidates.make("default", row, problem)
+    subject.step()
+    before = copy.deepcopy(subject.state_dict()), [p.clone() for group in subject.param_groups for p in group["params"]]
+    roof.roof_step(subject, row)()
+    after = subject.state_dict(), [p for group in subject.param_groups for p in group["params"]]
+    torch.testing.assert_close(after[0]["state"], before[0]["state"], rtol=0, atol=0)
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("slots", [0, 1, 2, 3])
+def test_the_roof_writes_every_element(slots, itemsize, threads):
+    """With a `zero` that is not zero every word of every written operand changes, and nothing beyond."""
+    sizes, guard = [1, 0, 33, 1000, 64], 64
+    dtype = {2: torch.int16, 4: torch.int32}[itemsize]
+    tensors = [[torch.full((size + guard,), 1 << k, dtype=dtype) for k in range(2 + slots)] for size in sizes]
+    table = torch.tensor([[t.data_ptr() for t in row] + [0] * (3 - slots) for row in tensors])
+    ends = torch.tensor([size * itemsize for size in sizes]).cumsum(0)
+    roof.kernel(roof.isa())(table.data_ptr(), ends.data_ptr(), len(sizes), slots, itemsize, threads, -1)
+    for size, row in zip(sizes, tensors, strict=True):
+        for operand, tensor in enumerate(row):
+            changed = tensor != 1 << operand
+            assert changed[:size].all() == (operand != 1 or not size)
+            assert not changed[size:].any()
+
+
+def result(ratio, **more):
+    spread = {"median": ratio, "q20": ratio * 0.99, "q80": ratio * 1.01}
+    return {"workload": "mlp", "optimizer": "Adam", "dtype": "fp32", "threads": 2, "refused": {},
+            "seconds": {"fastopt": {}}, "ratio": {"fused": spread, "default": spread}} | more  # fmt: skip
+
+
+def test_compare_says_what_got_slower():
+    old = {"results": [result(2.0)], "instructions": {"Adam": 1000}}
+    assert compare.slower(old, {"results": [result(1.9)], "instructions": {"Adam": 1005}}, 0.10) == []
+    assert compare.slower(old, {"results": [result(2.5)]}, 0.10) == []
+    ((*_, text),) = compare.slower(old, {"results": [result(1.6)]}, 0.10)
+    assert text == "1.25 x the time"
+    ((*_, text),) = compare.slower(old, {"instructions": {"Adam": 1020}}, 0.10)
+    assert text == "1.020 x the instructions"
+    ((*_, text),) = compare.slower(old, {"results": [result(2.0, refused={"fastopt": "param 0"})]}, 0.10)
+    assert text == "wrong: param 0"
+
+
+def test_compare_wants_the_quantiles_apart():
+    noisy = result(1.6)
+    for name in noisy["ratio"]:
+        noisy["ratio"][name] = {"median": 1.6, "q20": 1.0, "q80": 2.2}
+    assert compare.slower({"results": [result(2.0)]}, {"results": [noisy]}, 0.10) == []
