@@ -39,8 +39,8 @@ import triton.language as tl
 from triton.runtime import driver
 
 CHUNK = 1024  # elements per program; the best of a cycle model, to be tuned again on hardware
-WARPS = 4  # per program
-BLOCK_BYTES = 4096  # of the compute type, at a time: 8 fp32 or 4 fp64 numbers of each tensor in a thread's registers
+THREADS = 128  # per program
+THREAD_BYTES = 32  # of the compute type in a thread's registers, for each tensor: 8 fp32 or 4 fp64 numbers
 VECTOR_BYTES = 16  # the widest load and store
 
 
@@ -192,12 +192,12 @@ def update_kernel(algorithm, used, dtype, state_dtype, warp_size):
     """What there is to compile: the kernel, the dtypes behind its pointers, its constants, and warps per program."""
     module = importlib.import_module(f".{algorithm}", __package__)
     compute = compute_dtype(dtype)
-    block = BLOCK_BYTES // compute.itemsize
+    block = THREADS * THREAD_BYTES // compute.itemsize
     vector = VECTOR_BYTES // max(dtype.itemsize, state_dtype.itemsize)
-    tail = WARPS * warp_size  # at least one element per lane: two lanes would both write a shared one
+    tail = THREADS  # no fewer, or several threads would do the same element
     constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
                  CHUNK, block, vector, tail)
-    return multi_tensor_update, (torch.int64, torch.int64, compute), constants, WARPS
+    return multi_tensor_update, (torch.int64, torch.int64, compute), constants, THREADS // warp_size
 
 
 def prepare_kernel(algorithm, dtype):

@@ -17,7 +17,7 @@ from fastopt.kernels import arithmetic, multi_tensor  # noqa: E402
 from fastopt.kernels.multi_tensor import CHUNK, compute_dtype  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from tests.tools import driver, reference_np  # noqa: E402
+from tests.tools import driver, reference_np, sass  # noqa: E402
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]  # of param and grad, of state
@@ -362,7 +362,7 @@ def test_instructions_and_bytes_of_an_element(hopper, kernel, monkeypatch):
     assert memory["store bytes"] == sum(width * n for width, n in stores.items()) * elements // vector
     assert memory["store bytes"] == 32 * memory["store sectors"]
     # each lane also reads its entry of the work list, its row of the table and its scalars, one by one
-    shared = programs * 32 * multi_tensor.WARPS * vector / elements
+    shared = programs * multi_tensor.THREADS * vector / elements
     loads[8] += (5 + len(tensors.module.SLOTS)) * shared
     loads[compute_dtype(dtype).itemsize] += scalars * shared
     found = {"ld": Counter(), "st": Counter()}
@@ -372,11 +372,23 @@ def test_instructions_and_bytes_of_an_element(hopper, kernel, monkeypatch):
     assert found == {"ld": loads, "st": stores}
 
 
+def test_adam_leaves_room_on_sm_90(hopper):
+    """Registers for 1024 threads of each multiprocessor, and so few instructions that memory stays the limit."""
+    code = sass.report(multi_tensor.update_launcher("adam", 0b011, F32, F32, device=90).compiled)
+    elements = 8  # of a thread in one turn of the loop
+    assert code.registers <= 64 and code.spills == 0
+    assert code.loads[16] == 8 and code.stores[16] == 6
+    assert code.loop is not None and code.loop <= 50 * elements
+
+
 ROCM = [GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32)]
 
 
+ROCM_KERNELS = [*FULL_F32_KERNELS, ("adam", 3, F64, F64), ("adam", 3, BF16, BF16), ("adam", 3, BF16, F32)]
+
+
 @pytest.mark.parametrize("target", ROCM, ids=lambda target: target.arch)
-@pytest.mark.parametrize("kernel", [*FULL_F32_KERNELS, ("adam", 3, F64, F64), ("adam", 3, BF16, F32)], ids=name_of)
+@pytest.mark.parametrize("kernel", ROCM_KERNELS, ids=name_of)
 def test_compiles_for_rocm(kernel, target):
     """Nothing that may be fused or approximated, subnormals kept, no spills, the widest accesses."""
     _, used, dtype, state_dtype = kernel
@@ -389,10 +401,10 @@ def test_compiles_for_rocm(kernel, target):
     assert not re.search(rf"llvm\.amdgcn\.({approximate})|__ocml", asm["llir"])
     assert re.search(r"denorm_mode_32 3", asm["amdgcn"]) and re.search(r"denorm_mode_16_64 3", asm["amdgcn"])
     assert set(re.findall(r"[sv]gpr_spill_count: +(\d+)", asm["amdgcn"])) == {"0"}
-    per_lane = multi_tensor.BLOCK_BYTES // compute_dtype(dtype).itemsize // (target.warp_size * multi_tensor.WARPS)
+    per_thread = multi_tensor.THREAD_BYTES // compute_dtype(dtype).itemsize
     operands = [dtype.itemsize] * 2 + [state_dtype.itemsize] * used.bit_count()
     wide = operands.count(max(operands))
-    accesses = per_lane * max(operands) // 16
+    accesses = per_thread * max(operands) // 16
     for op, count in (("load", wide), ("store", wide - (operands[1] == max(operands)))):  # grad is only read
         found = re.findall(rf"(?:buffer|global)_{op}_(?:dwordx4|b128)\b", asm["amdgcn"])
         assert found and len(found) % (count * accesses) == 0  # in each copy of a loop the compiler makes

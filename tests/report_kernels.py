@@ -1,0 +1,76 @@
+"""Prints what the GPU kernels cost by their machine code, without a GPU: `python -m tests.report_kernels`.
+
+registers, spills  of a thread
+instr/el           instructions of a thread per element, on the path that aligned tensors take: of one turn of the loop
+                   over a chunk, and of the whole program for a full chunk
+bytes/el           of device memory per element: of the tensors, counted in the PTX interpreter; and of the work list,
+                   the table and the scalars, which all threads of a program read at the same addresses
+loads, stores      instructions in the code by the bytes a thread accesses at once. The widest are those of the loop;
+                   the narrow ones, of the arrays and of the tail, are many where a compiler copies a loop
+"""
+
+from collections import Counter
+
+import triton
+from fastopt.kernels import multi_tensor
+from fastopt.kernels.multi_tensor import CHUNK, THREADS, compute_dtype
+from triton.backends.compiler import GPUTarget
+
+from tests.test_kernels import BF16, F32, F64, KERNELS, MASKS, Tensors, compiled_for, name_of
+from tests.tools import driver, sass
+
+TARGETS = [
+    GPUTarget("cuda", 80, 32),
+    GPUTarget("cuda", 90, 32),
+    GPUTarget("cuda", 100, 32),
+    GPUTarget("hip", "gfx942", 64),
+    GPUTarget("hip", "gfx1100", 32),
+]
+
+
+def bytes_per_element(kernel) -> tuple[float, float]:
+    """Of the tensors, and of the arrays."""
+    programs = 16
+    tensors = Tensors(kernel, [programs * CHUNK])
+    with driver.installed(90, counts=True) as gpu:
+        tensors.launch(gpu)
+    memory = gpu.launches[-1].machine.memory
+    tensor_bytes = sum(x.nbytes * (1 if i == 1 else 2) for i, x in enumerate(tensors.tensors[0]))  # grad is only read
+    array_bytes = (memory["load bytes"] + memory["store bytes"] - tensor_bytes) / THREADS
+    return tensor_bytes / (programs * CHUNK), array_bytes / (programs * CHUNK)
+
+
+def widths(accesses: Counter[int]) -> str:
+    return " ".join(f"{count}x{width}" for width, count in sorted(accesses.items(), reverse=True))
+
+
+def main() -> None:
+    print(f"Triton {triton.__version__}, {CHUNK} elements and {THREADS} threads a program\n")
+    print(
+        f"{'kernel':33} {'target':8} {'registers':>9} {'spills':>6} {'instr/el: loop':>14} {'program':>8} "
+        f"{'bytes/el':>8} {'arrays':>6}  loads; stores"
+    )
+    for kernel in KERNELS:
+        if kernel[1] not in (MASKS[kernel[0]][0], MASKS[kernel[0]][-1]) or kernel[2:] not in SHOWN:
+            continue
+        tensor_bytes, array_bytes = bytes_per_element(kernel)
+        for target in TARGETS:
+            code = sass.report(compiled_for(target, *multi_tensor.update_kernel(*kernel, target.warp_size)))
+            elements = CHUNK / THREADS  # of a thread
+            per_turn = multi_tensor.THREAD_BYTES / compute_dtype(kernel[2]).itemsize
+            loop = program = "-"
+            if code.loop:
+                loop = f"{code.loop / per_turn:.2f}"
+                # the fast path has one turn of it
+                program = f"{(code.fast_path + code.loop * (elements / per_turn - 1)) / elements:.2f}"
+            arch = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+            print(
+                f"{name_of(kernel):33} {arch:8} {code.registers:9} {code.spills:6} {loop:>14} {program:>8} "
+                f"{tensor_bytes:8.2f} {array_bytes:6.2f}  {widths(code.loads)}; {widths(code.stores)}"
+            )
+
+
+SHOWN = [(F32, F32), (F64, F64), (BF16, BF16), (BF16, F32)]
+
+if __name__ == "__main__":
+    main()
