@@ -32,7 +32,7 @@ def fit_curve(activation, steps):
 
 
 class LinearRegression:
-    """y = weight x + bias, fitted by SGD; counts the seconds of training and those spent in optimizer.step()."""
+    """y = weight x + bias by SGD; keeps the seconds of training, those in optimizer.step(), and the way taken."""
 
     def __init__(self, sgd):
         self.weight = torch.zeros(1, requires_grad=True)
@@ -41,6 +41,7 @@ class LinearRegression:
         self.inputs = torch.linspace(-1, 1, 64)
         self.targets = 3 * self.inputs + 0.8
         self.seconds = self.step_seconds = 0.0
+        self.way = []
 
     def train(self, steps):
         begin = time.perf_counter()
@@ -52,6 +53,7 @@ class LinearRegression:
             self.optimizer.step()
             self.step_seconds += time.perf_counter() - before
         self.seconds += time.perf_counter() - begin
+        self.way.append((self.weight.item(), self.bias.item()))
 
 
 def race(steps, block=500):
@@ -92,9 +94,9 @@ def main():
     fast = runs["fastopt"]
     for name in ("torch.optim", "torch fused"):
         run = runs[name]
-        same = torch.equal(run.weight, fast.weight) and torch.equal(run.bias, fast.bias)
+        same = run.way == fast.way
         print(f"against {name}: step() {run.step_seconds / fast.step_seconds:.1f} times as fast, the whole training "
-              f"{run.seconds / fast.seconds:.2f} times; the same bits: {'yes' if same else 'no'}")
+              f"{run.seconds / fast.seconds:.2f} times; the same bits all the way: {'yes' if same else 'no'}")
 
     in_step = [run.step_seconds for run in runs.values()]
     rest = [run.seconds - run.step_seconds for run in runs.values()]
