@@ -1,0 +1,335 @@
+"""The numerics contract on CPU: parameters and every state bit for bit, over options, dtypes, sizes, layouts, threads, ISAs."""
+
+import contextlib
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import fastopt
+
+from . import reference
+from .optimizers import ROWS
+from .reference import assert_same_bits, drive, fresh, run, snapshot
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+
+
+def special_values(dtype):
+    """Twenty, so that all pairs fill whole vectors: torch's lerp has another sign of zero in its scalar tail."""
+    info = torch.finfo(dtype)
+    denormal = info.smallest_normal * info.eps
+    positive = [0.0, denormal, info.smallest_normal - denormal, info.smallest_normal, 1e-3, 1.0, 3.0, info.max, math.inf]
+    return torch.tensor([*positive, *(-x for x in positive), math.nan, 0.1], dtype=torch.float64).to(dtype)
+
+
+def problem(dtype, steps=12, shapes=((), (7,), (0,), (5, 13))):
+    """Parameters, and gradients for each step: missing now and then, magnitudes apart, every pair of special values."""
+    special = special_values(dtype)
+    params = [normal(*shape, dtype=dtype) * 10 ** (index - 2) for index, shape in enumerate(shapes)]
+    params += [special.repeat_interleave(len(special)), normal(3, dtype=dtype)]
+    grads_per_step = []
+    for t in range(steps):
+        grads = [normal(*p.shape, dtype=dtype) * 10 ** (t % 5 - 2) for p in params]
+        grads[-2] = special.roll(t).repeat(len(special))
+        missing = range(len(params)) if t == 3 else (t % len(params), (t + 3) % len(params), len(params) - 1)
+        grads_per_step.append([None if index in missing else grad for index, grad in enumerate(grads)])
+    return params, grads_per_step
+
+
+@contextlib.contextmanager
+def instruction_set(name):
+    previous = fastopt._C.set_isa(name)
+    try:
+        yield
+    finally:
+        fastopt._C.set_isa(previous)
+
+
+def check(row, options, params, grads_per_step, prepare=None, threads=(1,)):
+    """Compares fastopt on every ISA with the reference after every step; params, grads and prepare are those of `run`."""
+    expected = run(row.make_reference(options), params, grads_per_step, reference.step, prepare)
+    for number, isa in itertools.product(threads, fastopt._C.isas()):
+        torch.set_num_threads(number)
+        with instruction_set(isa):
+            actual = run(row.make_ours(options), params, grads_per_step, None, prepare)
+        assert_same_bits(actual, expected, f"{row.name} {options}, {isa}, {number} threads: step")
+
+
+def test_reference_square_root_is_correctly_rounded():
+    x = torch.cat([special_values(torch.float32), torch.rand(100_000) * 4])
+    with reference.correctly_rounded_sqrt():
+        through_float64 = x.double().sqrt().float()  # rounding twice is innocuous for a square root
+        for root in (x.sqrt(), torch.sqrt(x), x.clone().sqrt_()):
+            assert_same_bits(root, through_float64)
+        values = torch.rand(1000, dtype=torch.float64)
+        for value, root in zip(values.tolist(), values.sqrt().tolist(), strict=True):
+            below, above = ((Fraction(root) + Fraction(math.nextafter(root, end))) / 2 for end in (0, 2))
+            assert below**2 < Fraction(value) < above**2
+
+
+def groups_of(values, combinations):
+    """A function that makes a param group for each combination of options, over copies of `values` and named by it."""
+    names = [str(options) for options in combinations]
+
+    def groups():
+        return [
+            {**options, "params": [(f"{index} {name}", torch.nn.Parameter(v.clone())) for index, v in enumerate(values)]}
+            for options, name in zip(combinations, names, strict=True)
+        ]
+
+    return groups
+
+
+def numbers_only(options):
+    values = [*options.values(), *options.get("betas", ())]
+    return not any(isinstance(value, torch.Tensor) for value in values)
+
+
+def promotes(options):
+    """With a 0-dim tensor of float64 among the options, torch's type promotion takes a 0-dim parameter for its equal."""
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in options.values())
+
+
+@every_dtype
+@every_row
+def test_every_combination_of_options(row, dtype):
+    """All of the table and all that torch's own tests list, each combination a param group of one optimizer."""
+    values, grads_per_step = problem(dtype)
+    combinations = [*row.combinations(), *row.listed_by_torch()]
+    optimizers = {}  # by the options that count in the constructor alone
+    for options in combinations:
+        key = (promotes(options), *((name, options[name]) for name in row.constructor_only if name in options))
+        optimizers.setdefault(key, []).append(options)
+    for (without_first, *options), group_options in optimizers.items():
+        grads = [step_grads[without_first:] * len(group_options) for step_grads in grads_per_step]
+        check(row, dict(options), groups_of(values[without_first:], group_options), grads)
+
+
+@every_dtype
+@every_row
+def test_every_size(row, dtype):
+    """From 0 to 4097, or past a block of memory converted at once; gradients side by side, so at every alignment."""
+    sizes = list(range(4098 if dtype == torch.float32 else 600))
+    params = normal(sum(sizes), dtype=dtype).split(sizes)
+    check(row, row.plain, params, [normal(sum(sizes), dtype=dtype).split(sizes) for _ in range(2)])
+
+
+@every_row
+def test_a_million_elements(row):
+    """Large enough for threads to share a tensor, small ones and other dtypes and strides among them."""
+    params = [
+        *(normal(*shape) for shape in ((1_000_003,), (3,), (101, 997), (4097,), ())),
+        *(normal(100_001, dtype=dtype) for dtype in DTYPES),
+        normal(211, 509).t(),  # its gradient is contiguous
+    ]
+    grads_per_step = [[normal(*p.shape, dtype=p.dtype) for p in params] for _ in range(12)]
+    check(row, row.plain, params, grads_per_step, threads=(1, 2))
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.new_full(t.shape, 7),
+    "channels_last": lambda t: t.new_full(t.shape, 7).to(memory_format=torch.channels_last),
+    "transposed": lambda t: t.new_full(t.shape[::-1], 7).permute(3, 2, 1, 0),
+    "offset": lambda t: t.new_full((t.numel() + 1,), 7)[1:].view(t.shape),
+    "every second": lambda t: t.new_full((*t.shape[:-1], 2 * t.shape[-1]), 7)[..., ::2],
+    "inner block": lambda t: t.new_full([n + 2 for n in t.shape], 7)[1:-1, 1:-1, 1:-1, 1:-1],
+    "gaps": lambda t: t.new_full([2 * n for n in t.shape], 7).permute(2, 0, 3, 1)[::2, ::2, ::2, ::2].permute(1, 3, 0, 2),
+}
+
+
+def with_layout(name, values):
+    """`values` in a view of memory that is otherwise filled with sevens; the new tensor's strides are the layout's."""
+    view = LAYOUTS[name](values)
+    return view.copy_(values)
+
+
+def memory(tensor):
+    """All of the storage behind a view, as one flat tensor."""
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@every_row
+def test_every_layout_of_param_grad_and_state(row, dtype):
+    """Walked in the same element order whatever the strides; nothing beside the elements is written."""
+    cases = [
+        (shape, *layouts)
+        for shape in ((3, 4, 2, 5), (1, 9, 1, 4))
+        for layouts in itertools.product(LAYOUTS, repeat=3)
+    ]
+    values = [normal(*shape, dtype=dtype) for shape, *_ in cases]
+    grads_per_step = [[normal(*v.shape, dtype=dtype) for v in values] for _ in range(4)]
+    expected = run(row.make_reference(row.plain), values, grads_per_step, reference.step)
+
+    params = [torch.nn.Parameter(with_layout(case[1], value)) for case, value in zip(cases, values, strict=True)]
+    optimizer = row.ours(params, **row.plain)
+    for t, grads in enumerate(grads_per_step):
+        (actual,) = drive(optimizer, [[with_layout(c[2], g) for c, g in zip(cases, grads, strict=True)]])
+        assert_same_bits(actual, expected[t], f"{row.name} step {t}")
+        for case, param in zip(cases, params, strict=True):
+            tensors = {name: optimizer.state[param][name] for name in row.slots}
+            if t == 0:  # as torch makes it; from now on as case says
+                for name, state in tensors.items():
+                    assert state.stride() == torch.zeros_like(param).stride(), f"{case} {name}"
+                    optimizer.state[param][name] = with_layout(case[3], state)
+            else:
+                assert param.stride() == with_layout(case[1], param.detach()).stride()
+                for name, tensor in {"param": param.detach(), **tensors}.items():
+                    layout = case[1] if name == "param" else case[3]
+                    assert_same_bits(memory(tensor), memory(with_layout(layout, tensor)), f"memory of {name} {case}")
+
+
+@every_row
+def test_gradients_expanded_shared_or_the_parameter_itself(row):
+    """A gradient is only read, before its parameter is written. (Decoupled weight decay in torch writes first.)"""
+    shared = normal(1000)
+    params = [normal(6, 5), normal(4), normal(1000), normal(1000), normal(5000)]
+    grads = [normal(1, 5).expand(6, 5), normal().expand(4), shared, shared]
+    check(row, {**row.plain, "weight_decay": 0.0}, params, [lambda params: [*grads, params[-1].detach()]] * 4)
+
+
+def share(views):
+    """A function that makes Parameters out of `views` of one piece of memory, the same piece on each call."""
+    values = normal(30_000)
+
+    def params():
+        return [torch.nn.Parameter(view) for view in views(values.clone())]
+
+    return params
+
+
+SHARED_MEMORY = {
+    "one storage": share(lambda m: [m, m]),
+    "overlap": share(lambda m: [m[:20_000], m[10_000:], m[5_000:6_000]]),
+    "side by side": share(lambda m: [m[:9_999], m[9_999:]]),
+    "interleaved": share(lambda m: [m[::2], m[1::2]]),
+    "transposed": share(lambda m: [m.view(100, 300), m.view(100, 300).t()]),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_MEMORY)
+@every_row
+def test_parameters_on_one_storage(row, name):
+    """Parameters are stepped as if one after the other, whichever thread works on them."""
+    params = SHARED_MEMORY[name]
+    check(row, row.plain, params, [[normal(*p.shape) for p in params()] for _ in range(3)], threads=(1, 2))
+
+
+@every_dtype
+@every_row
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_listed_twice_is_stepped_twice(row, dtype):
+    """Also where both are its first step; not so in SGD, where torch would give the momentum two beginnings."""
+    values = [normal(100, dtype=dtype), normal(7, dtype=dtype)]
+
+    def params():
+        first, second = (torch.nn.Parameter(value.clone()) for value in values)
+        return [first, second] if row.name == "SGD" else [first, second, first]
+
+    def list_again(optimizer):
+        params = optimizer.param_groups[0]["params"]
+        params.append(params[1])
+
+    check(row, row.plain, params, [lambda params: [torch.ones_like(p) for p in params]] * 6, prepare=list_again)
+
+
+@every_row
+def test_dtypes_of_param_and_state_in_one_optimizer(row):
+    """Arithmetic in float64 for float64 parameters, else float32; each tensor is rounded once to its own dtype.
+
+    The state gets other dtypes half-way, as a checkpoint or `.to(dtype)` leaves them.
+    """
+    cases = [
+        (dtype, *state_dtypes)
+        for dtype, *state_dtypes in itertools.product(DTYPES, repeat=1 + len(row.slots))
+        if dtype == torch.float64 or torch.float64 not in state_dtypes  # wider than the arithmetic: refused
+    ]
+
+    def convert(optimizer):
+        for param, (_, *dtypes) in zip(optimizer.param_groups[0]["params"], cases, strict=True):
+            state = optimizer.state[param]
+            for name, dtype in zip(row.slots, dtypes, strict=True):
+                state[name] = state[name].to(dtype)
+
+    params = [normal(n % 50, dtype=dtype) for n, (dtype, *_) in enumerate(cases)]
+    check(row, row.plain, params, [[normal(*p.shape, dtype=p.dtype) for p in params] for _ in range(8)], prepare=convert)
+
+
+@every_row
+def test_every_step_count(row):
+    """Parameters of one group with their own step, up to where float32 cannot count further."""
+    steps = [*range(100), *range(1000, 100_000, 1999), 2**24 - 2, 2**24 - 1, 2**24, 10**9]
+
+    def set_steps(optimizer):
+        for param, step in zip(optimizer.param_groups[0]["params"], steps, strict=True):
+            if "step" in optimizer.state[param]:
+                optimizer.state[param]["step"].fill_(step)
+
+    params = [normal(5) for _ in steps]
+    for options in (row.plain, {**row.plain, "lr": torch.tensor(0.1)}):
+        check(row, options, params, [[normal(5) for _ in steps] for _ in range(4)], prepare=set_steps)
+
+
+@every_row
+def test_hyper_parameters_of_other_number_types(row):
+    """int, bool and numpy's double are numbers, as in torch; betas may be a list."""
+
+    def change(optimizer):
+        (group,) = optimizer.param_groups
+        group["lr"], group["weight_decay"] = 1, np.float64(0.1)
+        group["maximize"] = 1
+        if "betas" in group:
+            group["betas"] = [0.8, 0.9]
+
+    params = [normal(5), normal(11)]
+    check(row, row.plain, params, [[normal(5), normal(11)]] * 6, prepare=change)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.has_fused], ids=lambda row: row.name)
+def test_torch_fused_kernels(row):
+    """float32, where their scalar tail and their vectors agree: multiples of 8 elements."""
+    values = [normal(*shape) for shape in ((8,), (24,), (16, 9), (1000,))]
+    combinations = [options for options in row.combinations() if numbers_only(options)]
+    grads_per_step = [[normal(*v.shape) for v in values] * len(combinations) for _ in range(12)]
+    groups = groups_of(values, combinations)
+    expected = run(lambda params: row.theirs(params, fused=True), groups, grads_per_step)
+    assert_same_bits(run(row.ours, groups, grads_per_step), expected, f"{row.name} step")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@every_row
+def test_torch_as_it_is(row, dtype):
+    """Where MKL's square root has no say, torch's for-loop has the same bits; elsewhere it is a few ulp away."""
+    values = [normal(*shape, dtype=dtype) for shape in ((1000,), (3, 5))]
+
+    def feeds_back(options):
+        """The square root reaches the states, through the parameter and its weight decay."""
+        return bool(options["weight_decay"]) and not options.get("decoupled_weight_decay") and row.name not in ("SGD", "AdamW")
+
+    exact = {"SGD": {"param"}}.get(row.name, set()) | {"step", *row.slots} - ({"momentum_buffer"} if row.name == "RMSprop" else set())
+    for fed_back in (False, True):
+        combinations = [o for o in row.combinations() if numbers_only(o) and feeds_back(o) == fed_back]
+        if not combinations:
+            continue
+        grads_per_step = [[normal(*v.shape, dtype=dtype) for v in values] * len(combinations) for _ in range(12)]
+        groups = groups_of(values, combinations)
+        actual = run(row.ours, groups, grads_per_step)
+        expected = run(row.make_reference({}), groups, grads_per_step)
+        for t in range(1 if fed_back else 12):
+            for key in expected[t]:
+                if key[0] in exact:
+                    assert_same_bits(actual[t][key][1], expected[t][key][1], f"{row.name} step {t} {key[0]}")
+        before = torch.cat([v.reshape(-1) for v in values] * len(combinations))
+        ours, theirs = actual[0]["param", dtype][1], expected[0]["param", dtype][1]
+        few_ulp = 4 * torch.finfo(dtype).eps * torch.maximum(before.abs(), theirs.abs())
+        assert ((ours - theirs).abs() <= few_ulp)[theirs.isfinite()].all(), row.name
