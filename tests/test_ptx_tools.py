@@ -302,7 +302,7 @@ def random_values(kind, count, rng):
 
 
 def operands(kinds, rng):
-    """Columns of operands: the edges with one another, random values, and for a fma, sums that nearly cancel."""
+    """Columns of operands: edges with one another and random values; for a fma sums that two roundings get wrong."""
     columns = [edges(kind) for kind in kinds]
     if len(kinds) == 3:
         chosen = [column[rng.integers(0, len(column), 1000)] for column in columns]
@@ -311,7 +311,13 @@ def operands(kinds, rng):
     columns = [np.concatenate([c, random_values(kind, 500, rng)]) for c, kind in zip(chosen, kinds, strict=True)]
     if len(kinds) == 3 and kinds[0] in ("f32", "f64"):
         a, b, c = columns
-        columns = [np.concatenate([a, a]), np.concatenate([b, b]), np.concatenate([c, -(a * b)])]
+        dtype = c.dtype.type
+        cancelling = a, b, -(a * b)
+        # c plus not quite half of its last bit: (1 + tiny) * (1 - tiny) is less than 1 by tiny squared
+        sums = rng.normal(size=1000).astype(dtype)
+        tiny = np.ldexp(dtype(1), -rng.integers(13, 23, 1000) * (2 if dtype is np.float64 else 1))
+        tied = np.spacing(sums) / 2 * (1 + tiny), 1 - tiny, sums
+        columns = [np.concatenate(x) for x in zip(columns, cancelling, tied, strict=True)]
     padding = -len(columns[0]) % THREADS
     return [np.concatenate([column, column[:padding]]) for column in columns]
 
@@ -459,6 +465,15 @@ def test_predicates_choose_the_lanes_that_execute():
     }
 
 
+def test_a_copy_of_a_register_is_independent():
+    out = np.zeros((THREADS, 2), np.int32)
+    body = """add.s32 %r1, %r28, 0; mov.b32 %r2, %r1; setp.lt.u32 %p1, %r28, 40; @%p1 mov.b32 %r1, -1;
+        mad.wide.u32 %rd1, %r28, 8, %rd20; st.global.v2.b32 [%rd1], {%r1, %r2};"""
+    run(body, out)
+    index = np.arange(THREADS)
+    assert (out[:, 0] == np.where(index < 40, -1, index)).all() and (out[:, 1] == index).all()
+
+
 def test_programs_know_their_place_in_the_grid():
     out = np.zeros((5, 3, 2, 6), np.int32)
     place = "".join(
@@ -482,15 +497,15 @@ def test_batches_do_not_matter():
 
 
 SHARED = ".shared .align 16 .b8 scratch[512];"
-EXCHANGE = """mov.b32 %r1, scratch; shl.b32 %r2, %r28, 2; add.s32 %r3, %r1, %r2; st.shared.b32 [%r3], %r28;
-    {barrier} xor.b32 %r2, %r2, 4; add.s32 %r3, %r1, %r2; ld.shared.b32 %r4, [%r3];
+EXCHANGE = """mov.b32 %r1, scratch; mov.u32 %r5, %tid.x; shl.b32 %r2, %r5, 2; add.s32 %r3, %r1, %r2;
+    st.shared.b32 [%r3], %r28; {barrier} xor.b32 %r2, %r2, 4; add.s32 %r3, %r1, %r2; ld.shared.b32 %r4, [%r3];
     mad.wide.u32 %rd1, %r28, 4, %rd20; st.global.b32 [%rd1], %r4;"""
 
 
 def test_threads_exchange_through_shared_memory():
-    out = np.zeros(THREADS, np.int32)
-    run(EXCHANGE.format(barrier="bar.sync 0;"), out, shared=SHARED, races=True)
-    assert (out == np.arange(THREADS) ^ 1).all()
+    out = np.zeros(2 * THREADS, np.int32)
+    run(EXCHANGE.format(barrier="bar.sync 0;"), out, programs=2, shared=SHARED, races=True)
+    assert (out == np.arange(2 * THREADS) ^ 1).all()
 
 
 # What must not happen
@@ -518,6 +533,7 @@ OWN_WORD = "mad.wide.u32 %rd1, %r28, 4, %rd20;"
             ptx.Divergence,
             "setp.lt.u32 %p1, %r28, 5; @%p1 bra $L_if; bar.sync 0; bra $L_end; $L_if: bar.sync 0; $L_end:",
         ),
+        (ptx.Divergence, "setp.lt.u32 %p1, %r28, 5; @%p1 ret; bar.sync 0;"),
         (ptx.Endless, "$L_here: bra $L_here;"),
         (ptx.PTXError, "add.s32 %r1, %r2, 1;"),  # %r2 was never written
         (ptx.PTXError, "mov.b32 %r1, 0; div.s32 %r2, 5, %r1;"),
@@ -536,6 +552,15 @@ def test_a_barrier_orders_only_the_threads_of_one_program():
     run(body.format(writer=0), np.zeros(1, np.int32), races=True)
     with pytest.raises(ptx.Race):
         run(body.format(writer=0), np.zeros(1, np.int32), programs=2, races=True)
+
+
+def test_a_barrier_of_another_program_orders_nothing():
+    """Each program writes a word of its own and reads it, but only the first one has a barrier in between."""
+    body = """mov.u32 %r1, %ctaid.x; mad.wide.u32 %rd1, %r1, 4, %rd20; mov.u32 %r2, %tid.x; setp.eq.s32 %p1, %r2, 0;
+        @%p1 st.global.b32 [%rd1], 5; setp.eq.s32 %p2, %r1, 0; @%p2 bar.sync 0; ld.global.b32 %r3, [%rd1];"""
+    run(body, np.zeros(1, np.int32), programs=1, races=True)
+    with pytest.raises(ptx.Race):
+        run(body, np.zeros(2, np.int32), programs=2, races=True)
 
 
 def test_tensors_that_touch_are_not_one():
@@ -703,7 +728,7 @@ def launches_of_all_argument_types(installed):
     out = torch.zeros(64)
     arguments = (-3, 1 << 40, 0.1, 0.1, True, 64)
     with installed() as gpu:
-        compiled = store_sum[(2,)](out, *arguments, num_warps=2)
+        compiled = store_sum[(2,)](out, *arguments, num_warps=2, enable_fp_fusion=False)
         handles = compiled.function, compiled.packed_metadata, None, None, None
         compiled.run(1, 2, 3, 0, *handles, out.data_ptr(), *arguments)
     return [
@@ -720,7 +745,7 @@ def compare_launchers():
     assert len(packed) == 2 and len(packed[0][3]) == 7  # five numbers and two pointers to scratch memory
     assert launches_of_all_argument_types(lambda: stub_driver.installed(record=True)) == packed
     with stub_driver.installed() as gpu:
-        store_sum[(1,)](torch.zeros(64), -3, 1 << 40, 0.1, 0.1, True, 64)
+        store_sum[(1,)](torch.zeros(64), -3, 1 << 40, 0.1, 0.1, True, 64, num_warps=2, enable_fp_fusion=False)
     assert not gpu.launches
 
 
@@ -745,7 +770,8 @@ def test_report_of_machine_code(backend, arch, warp):
     for aligned_to, width in ((16, 16), (4, 4)):
         attributes = {(i,): [["tt.divisibility", aligned_to]] for i in range(3)}
         source = triton.compiler.ASTSource(add_scaled, signature, {"BLOCK": 1024}, attributes)
-        compiled = triton.compile(source, target=GPUTarget(backend, arch, warp), options={"num_warps": 4})
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        compiled = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
         report = sass.report(compiled)
         vectors = 1024 // (4 * warp) * 4 // width
         assert report.loads == {width: 2 * vectors} and report.stores == {width: vectors}
@@ -760,18 +786,21 @@ SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;            /* 0x0 */
         /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;  /* 0x0 */
         /*0020*/                   LDG.E.U16 R8, desc[UR4][R2.64] ;  /* 0x0 */
-        /*0030*/               @P1 BRA 0x70 ;                        /* 0x0 */
-        /*0040*/                   MOV R9, 0x60 ;                    /* 0x0 */
-        /*0050*/                   CALL.REL.NOINC 0xd0 ;             /* 0x0 */
-        /*0060*/                   STL [R1], R9 ;                    /* 0x0 */
-        /*0070*/                   FADD R4, R4, R5 ;                 /* 0x0 */
-        /*0080*/                   STG.E.128 desc[UR4][R2.64], R4 ;  /* 0x0 */
-        /*0090*/                   IADD3 R2, R2, 0x10, RZ ;          /* 0x0 */
-        /*00a0*/               @P2 BRA 0x10 ;                        /* 0x0 */
-        /*00b0*/                   NOP ;                             /* 0x0 */
-        /*00c0*/                   EXIT ;                            /* 0x0 */
-        /*00d0*/                   FMUL R4, R4, R5 ;                 /* 0x0 */
-        /*00e0*/                   RET.REL.NODEC R9 0x0 ;            /* 0x0 */
+        /*0030*/               @P1 BRA 0x60 ;                        /* 0x0 */
+        /*0040*/                   CALL.REL.NOINC 0x100 ;            /* 0x0 */
+        /*0050*/                   STL [R1], R9 ;                    /* 0x0 */
+        /*0060*/                   FADD R4, R4, R5 ;                 /* 0x0 */
+        /*0070*/                   FADD R5, R4, R5 ;                 /* 0x0 */
+        /*0080*/                   FADD R6, R4, R5 ;                 /* 0x0 */
+        /*0090*/                   FADD R7, R4, R5 ;                 /* 0x0 */
+        /*00a0*/                   FADD R4, R4, R5 ;                 /* 0x0 */
+        /*00b0*/                   STG.E.128 desc[UR4][R2.64], R4 ;  /* 0x0 */
+        /*00c0*/                   IADD3 R2, R2, 0x10, RZ ;          /* 0x0 */
+        /*00d0*/               @P2 BRA 0x10 ;                        /* 0x0 */
+        /*00e0*/                   NOP ;                             /* 0x0 */
+        /*00f0*/                   EXIT ;                            /* 0x0 */
+        /*0100*/                   RET.REL.NODEC R9 0x0 ;            /* 0x0 */
+        /*0110*/                   BRA 0xb0 ;                        /* 0x0 */
 """
 
 
@@ -779,5 +808,5 @@ SASS = """
 def test_the_fast_path_leaves_out_subroutines():
     report = sass._read_sass(SASS, registers=40)
     assert (report.loads, report.stores, report.spills) == ({16: 1, 2: 1}, {16: 1}, 1)
-    assert report.fast_path == 10  # all but the five from 0x40 to 0x60 and from 0xd0
-    assert report.loop == 7  # 0x10, 0x20, 0x30, 0x70, 0x80, 0x90, 0xa0
+    assert report.fast_path == 14  # all but 0x40, 0x50, 0x100 and 0x110
+    assert report.loop == 11  # 0x10 to 0x30, 0x60 to 0xd0

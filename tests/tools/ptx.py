@@ -121,7 +121,7 @@ class Machine:
         if threads is not None and kernel.threads not in (None, threads):
             raise PTXError(f"launched with {threads} threads, compiled for {kernel.threads}")
         self._threads = kernel.threads or threads or 1
-        sizes = [parameter.bytes for parameter in kernel.parameters.values()]
+        sizes = list(kernel.parameters.values())
         if sizes != [len(value) for value in parameters]:
             raise PTXError(f"parameters have {[len(value) for value in parameters]} bytes, the kernel expects {sizes}")
         self._parameters = dict(zip(kernel.parameters, parameters, strict=True))
@@ -149,7 +149,6 @@ class Machine:
         thread = np.tile(np.arange(self._threads, dtype=np.uint32), len(programs))
         self._program = np.repeat(programs, self._threads)
         self._thread = self._program * self._threads + thread
-        self._live = np.ones(len(thread), bool)
         self._epoch = np.zeros(len(thread), np.int32)  # barriers passed
         self._registers = self._special_registers(thread)
         waiting: dict[int, Lanes] = {0: ALL}
@@ -191,7 +190,6 @@ class Machine:
             raise type(error)(f"{instruction.text}: {error}") from None
         stay = [] if others is NONE else [(here + 1, others)]
         if instruction.opcode == "ret":
-            self._live[taken] = False
             return stay
         return [(self.kernel.labels[_label(instruction)], taken), *stay]
 
@@ -220,8 +218,7 @@ class Machine:
     def _barrier(self, lanes: Lanes) -> None:
         arrived = np.zeros(len(self._thread), bool)
         arrived[lanes] = True
-        here = np.isin(self._program, self._program[lanes])
-        if (here & self._live & ~arrived).any():
+        if (np.isin(self._program, self._program[lanes]) & ~arrived).any():
             raise Divergence("not all threads of the program are here")
         self._epoch = self._epoch + arrived  # a new array: the log keeps the old one
 
@@ -341,8 +338,7 @@ def _check_races(log: Sequence[_Access], threads: int) -> None:
         np.concatenate([np.repeat(np.broadcast_to(getattr(a, field), a.address.shape), a.bytes // unit) for a in log])
         for field in ("thread", "epoch", "store")
     )
-    program = thread // threads
-    for keys, owner, name in (((where,), program, "program"), ((epoch, program, where), thread, "thread")):
+    for keys, owner, name in (((where,), thread // threads, "program"), ((epoch, where), thread, "thread")):
         order = np.lexsort(keys)
         changes = [np.diff(key[order]) != 0 for key in keys]
         first = np.flatnonzero(np.concatenate([[True], np.logical_or.reduce(changes)]))
@@ -435,8 +431,6 @@ def _items(operand: Operand, count: int) -> tuple[Operand, ...]:
 def _bind_operation(operation: Operation, operands: Sequence[Operand], wider: bool, kernel: Kernel) -> Execute:
     destination, *sources = operands
     register = _register(destination, operation.result, wider)
-    if len(sources) != len(operation.operands):
-        raise Refused(f"{len(sources)} source operands in place of {len(operation.operands)}")
     readers = [_reader(source, kind, kernel, wider) for source, kind in zip(sources, operation.operands, strict=True)]
 
     def execute(machine: Machine, lanes: Lanes) -> None:
@@ -494,7 +488,7 @@ def _bind_parameter(kind: str, operands: Sequence[Operand], kernel: Kernel) -> E
     if not isinstance(address, Address) or not isinstance(address.base, Symbol) or address.offset:
         raise Refused("not the address of a parameter")
     name = address.base.name
-    if name not in kernel.parameters or 8 * kernel.parameters[name].bytes != bits_of(kind):
+    if name not in kernel.parameters or 8 * kernel.parameters[name] != bits_of(kind):
         raise Refused(f"no parameter {name} of this size")
 
     def load(machine: Machine, lanes: Lanes) -> None:

@@ -7,7 +7,6 @@ refused. What an opcode computes is in ptx_ops.py, and running the instructions 
 import re
 from dataclasses import dataclass
 
-BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]")
 
 
@@ -64,19 +63,18 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Parameter:
-    name: str
-    offset: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Kernel:
-    """One `.entry`: its parameters, the threads of a program (CTA), shared arrays and instructions."""
+    """One `.entry`.
+
+    parameters: bytes of each, by name
+    threads: of a program (CTA), if the text says so
+    shared: offset of each shared array, by name; shared_bytes: of those whose size is given
+    labels: index of the instruction that follows
+    """
 
     name: str
     target: str
-    parameters: dict[str, Parameter]
+    parameters: dict[str, int]
     threads: int | None
     shared: dict[str, int]
     shared_bytes: int
@@ -117,18 +115,13 @@ def _closing_brace(text: str, start: int) -> int:
     raise PTXError("the kernel's body has no end")
 
 
-def _parameters(text: str) -> dict[str, Parameter]:
-    """Parameters are packed one after the other, each at a multiple of its own size."""
-    parameters: dict[str, Parameter] = {}
-    end = 0
+def _parameters(text: str) -> dict[str, int]:
+    parameters = {}
     for declaration in filter(None, map(str.strip, text.split(","))):
         match = re.fullmatch(r"\.param\s+\.[busf](\d+)(?:\s+\.ptr[\s.\w]*?)?\s+([\w$]+)", declaration)
         if match is None:
             raise PTXError(f"parameter not modelled: {declaration}")
-        size = BYTES[match[1]]
-        end += -end % size
-        parameters[match[2]] = Parameter(match[2], end, size)
-        end += size
+        parameters[match[2]] = int(match[1]) // 8
     return parameters
 
 

@@ -68,8 +68,7 @@ class Driver(CudaDriver):
 
     def _record(self, function: int, x: int, y: int, z: int, threads: int, pointers: Any) -> None:
         text, kernel = self.kernels[function]
-        sizes = [parameter.bytes for parameter in kernel.parameters.values()]
-        parameters = [ctypes.string_at(pointers[i], size) for i, size in enumerate(sizes)]
+        parameters = [ctypes.string_at(pointers[i], size) for i, size in enumerate(kernel.parameters.values())]
         self.launches.append(Launch(kernel.name, (x, y, z), threads // 32, parameters, text, None))
 
 
