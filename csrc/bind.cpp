@@ -113,13 +113,14 @@ const auto optimizers = describe_all(static_cast<Optimizers*>(nullptr));
 // ---- names, interned once
 
 struct Names {
-  PyObject *param_groups, *state, *params, *differentiable, *capturable, *step, *plan;
+  PyObject *param_groups, *state, *params, *differentiable, *capturable, *step, *plan, *local_tensor, *spec, *mesh, *placements;
   PyObject *keys[optimizers.size()][max_keys], *slots[optimizers.size()][max_slots];
   PyObject* disabled_torch_function;
   Names() {
     auto intern = [](const char* s) { return PyUnicode_InternFromString(s); };
     param_groups = intern("param_groups"), state = intern("state"), params = intern("params"), step = intern("step");
     differentiable = intern("differentiable"), capturable = intern("capturable"), plan = intern("_plan");
+    local_tensor = intern("_local_tensor"), spec = intern("_spec"), mesh = intern("mesh"), placements = intern("placements");
     for (size_t o = 0; o < optimizers.size(); o++) {
       for (int k = 0; k < optimizers[o].keys; k++) keys[o][k] = intern(optimizers[o].key_names[k]);
       for (int k = 0; k < optimizers[o].slots; k++) slots[o][k] = intern(optimizers[o].slot_names[k]);
@@ -155,6 +156,51 @@ bool has_torch_function(PyObject* tensor) {
   if (!f) { PyErr_Clear(); return false; }
   Py_DECREF(f);
   return f != names->disabled_torch_function;
+}
+
+py::object attribute(PyObject* object, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(object, name);
+  if (!value) throw python_error();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+// A DTensor; its class is looked for only once torch.distributed.tensor is imported, which costs too much to do it here.
+bool is_dtensor(PyObject* object) {
+  static PyObject* type = nullptr;
+  if (!type) {
+    PyObject* name = PyUnicode_InternFromString("torch.distributed.tensor");
+    auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(name));
+    Py_DECREF(name);
+    if (!module) return PyErr_Clear(), false;
+    type = py::object(module.attr("DTensor")).release().ptr();
+  }
+  return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type;
+}
+
+// The local tensor of a DTensor, and its placement.
+struct Local {
+  at::TensorImpl* impl;
+  py::object spec;
+};
+Local local_of(PyObject* dtensor) {
+  const py::object local = attribute(dtensor, names->local_tensor);   // the DTensor holds it
+  return {THPVariable_Unpack(local.ptr()).unsafeGetTensorImpl(), attribute(dtensor, names->spec)};
+}
+bool same_placement(const py::object& a, const py::object& b) {
+  if (a.ptr() == b.ptr()) return true;
+  for (PyObject* name : {names->mesh, names->placements}) {
+    const int equal = PyObject_RichCompareBool(attribute(a.ptr(), name).ptr(), attribute(b.ptr(), name).ptr(), Py_EQ);
+    if (equal < 0) throw python_error();
+    if (!equal) return false;
+  }
+  return true;
+}
+
+bool same_sizes(const at::TensorImpl* a, const at::TensorImpl* b) {
+  const at::IntArrayRef x = a->sizes(), y = b->sizes();
+  bool same = x.size() == y.size();
+  for (size_t d = 0; same && d < x.size(); d++) same = x[d] == y[d];
+  return same;
 }
 
 bool dtype_of(const at::TensorImpl* t, DType& out) {
@@ -193,7 +239,7 @@ class Plan {
     size_t last[2];                               // and their place in `scalars`
   };
   struct Written {                                // what a row writes besides its elements, and how it came about
-    at::TensorImpl *param, *slots[max_slots], *step;
+    at::TensorImpl *param, *grad, *slots[max_slots], *step;
     double t;
     uint32_t group;
     size_t scalars;
@@ -221,7 +267,8 @@ class Plan {
   void check(PyObject* self, PyObject* fresh);
   void read_group(PyObject* dict, size_t at);
   void check_param(PyObject* object, PyObject* group_dict, Where where, bool& group_read);
-  at::TensorImpl* check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const char* name, Where where);
+  at::TensorImpl* check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const py::object& placement,
+                             const char* name, Where where, DType& dtype);
   double next_step(at::TensorImpl* step) const;
   const Entry* entry_of_param(PyObject* param);
   void find_entries();
@@ -246,12 +293,12 @@ class Plan {
   bool busy = false;                              // a step is under way, perhaps without the GIL
 
   // Memory used again; its content is that of one call.
-  PyObject* param_groups;
-  PyObject* state;
-  PyObject* missing;                              // [(group, param), ...], or null
+  PyObject* param_groups = nullptr;
+  PyObject* state = nullptr;
+  PyObject* missing = nullptr;                              // [(group, param), ...], or null
   std::vector<PyObject*> fresh_params;            // sorted; optimizers without step count need to know
-  size_t param_count;
-  bool entries_read, entries_found;
+  size_t param_count = 0;
+  bool entries_read = false, entries_found = false;
   Vec<Entry> entries;
   Vec<Group> groups;
   Vec<Value> values;
@@ -378,22 +425,30 @@ void check_written(at::TensorImpl* t, const char* name, Where where) {
                                            "memory location (", name, " of ", where, "). Please clone() the tensor before performing the operation."));
 }
 
-void* memory_of(at::TensorImpl* t, bool written, const char* name, Where where) {
-  void* data = written ? t->mutable_data() : const_cast<void*>(t->data());
-  if (!data && t->numel() > 0)
+// The address of the first element. mutable_data() gives a lazily copied tensor memory of its own.
+void* memory_of(at::TensorImpl* t, DType dtype, bool written, const char* name, Where where) {
+  c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
+  char* base = static_cast<char*>(written ? storage->mutable_data() : const_cast<void*>(storage->data()));
+  if (!base && t->numel() > 0)
     raise(PyExc_RuntimeError, c10::str(name, " of ", where, " has ", t->numel(), " elements but no storage (was it freed or resized to 0?)"));
-  return data;
+  return base + t->storage_offset() * itemsize(dtype);
 }
 
-at::TensorImpl* Plan::check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const char* name, Where where) {
+at::TensorImpl* Plan::check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const py::object& placement,
+                                 const char* name, Where where, DType& dtype) {
   if (!THPVariable_Check(value))
     raise(PyExc_TypeError, c10::str("state['", name, "'] of ", where, " must be a tensor, not ", Py_TYPE(value)->tp_name));
   at::TensorImpl* t = THPVariable_Unpack(value).unsafeGetTensorImpl();
-  DType dtype;
+  if (placement) {
+    if (!is_dtensor(value)) throw Outside{"state of a DTensor is none"};
+    const Local local = local_of(value);
+    if (!same_placement(placement, local.spec)) throw Outside{"a DTensor and its state are placed differently"};
+    t = local.impl;
+  }
   if (t->device() != param->device())
     raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " is on ", t->device(), ", the parameter on ", param->device()));
   if (!is_plain(t)) throw Outside{"a state tensor is not a plain strided tensor"};
-  if (t->sizes() != param->sizes())
+  if (!same_sizes(t, param))
     raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has shape ", t->sizes(), ", the parameter ", param->sizes(),
                                        ": move the state with the parameter, or delete its entry to start anew"));
   if (!dtype_of(t, dtype) || (dtype == DType::f64 && param_dtype != DType::f64))
@@ -404,20 +459,29 @@ at::TensorImpl* Plan::check_slot(PyObject* value, const at::TensorImpl* param, D
 }
 
 double Plan::next_step(at::TensorImpl* step) const {
-  return step->dtype().toScalarType() == at::kFloat ? double(*static_cast<const float*>(step->data()) + 1.0f)
-                                                    : *static_cast<const double*>(step->data()) + 1.0;
+  const void* count = step->data();
+  return step->dtype().toScalarType() == at::kFloat ? double(*static_cast<const float*>(count) + 1.0f) : *static_cast<const double*>(count) + 1.0;
 }
 
 void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool& group_read) {
   if (!THPVariable_Check(object)) raise(PyExc_TypeError, c10::str("optimizer can only optimize Tensors, but ", where, " is ", Py_TYPE(object)->tp_name));
-  at::TensorImpl* param = THPVariable_Unpack(object).unsafeGetTensorImpl();
-  if (!param->grad().defined()) return;
-  at::TensorImpl* grad = param->grad().unsafeGetTensorImpl();
+  const at::Tensor& grad_tensor = THPVariable_Unpack(object).unsafeGetTensorImpl()->grad();
+  if (!grad_tensor.defined()) return;
+  at::TensorImpl *param = THPVariable_Unpack(object).unsafeGetTensorImpl(), *grad = grad_tensor.unsafeGetTensorImpl();
+  py::object placement;                                              // null but for a DTensor
+  if (!is_plain(param) && is_dtensor(object)) {
+    const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad_tensor));   // the parameter holds it
+    Local local = local_of(object);
+    const bool same = is_dtensor(wrapped.ptr()) && same_placement(local.spec, local_of(wrapped.ptr()).spec);
+    if (!same) throw Outside{"a DTensor and its gradient are placed differently"};
+    param = local.impl, grad = local_of(wrapped.ptr()).impl;
+    placement = std::move(local.spec);
+  }
 
   DType param_dtype, grad_dtype;
   const bool on_gpu = param->device_type() == gpu_type;
   if (!on_gpu && param->device_type() != at::kCPU) throw Outside{"a parameter is on a device other than CPU and GPU"};
-  if (!is_plain(param) || has_torch_function(object)) throw Outside{"a parameter is a tensor subclass or not strided"};
+  if (!is_plain(param) || (!placement && has_torch_function(object))) throw Outside{"a parameter is a tensor subclass or not strided"};
   if (grad->device() != param->device())
     raise(PyExc_RuntimeError, c10::str("grad of ", where, " is on ", grad->device(), ", the parameter on ", param->device()));
   if (!is_plain(grad)) throw Outside{"a gradient is sparse, a tensor subclass or not strided"};
@@ -428,7 +492,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
     raise(PyExc_RuntimeError, c10::str(where, " has dtype ", param->dtype(), ": only floating point and complex parameters can be stepped"));
   }
   if (!dtype_of(grad, grad_dtype) || grad_dtype != param_dtype) throw Outside{"a gradient's dtype is not its parameter's"};
-  if (grad->sizes() != param->sizes())
+  if (!same_sizes(grad, param))
     raise(PyExc_RuntimeError, c10::str("grad of ", where, " has shape ", grad->sizes(), ", the parameter ", param->sizes()));
   check_written(param, "parameter", where);
 
@@ -438,8 +502,9 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   }
   Group& group = groups.back();
   at::TensorImpl* operands[max_operands] = {param, grad};
+  DType dtypes[max_operands] = {param_dtype, grad_dtype};
   Written w = {};
-  w.param = param;
+  w.param = param, w.grad = grad;
   w.group = uint32_t(groups.size() - 1);
 
   if (optimizer.has_step || group.used) {
@@ -462,7 +527,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
       if (!(group.used >> k & 1)) continue;
       if (!optimizer.has_step && (!slots[k] || slots[k] == Py_None)) return add_missing(group_dict, object);
       if (!slots[k]) raise(PyExc_KeyError, c10::str("state['", optimizer.slot_names[k], "'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
-      w.slots[k] = operands[2 + k] = check_slot(slots[k], param, param_dtype, optimizer.slot_names[k], where);
+      w.slots[k] = operands[2 + k] = check_slot(slots[k], param, param_dtype, placement, optimizer.slot_names[k], where, dtypes[2 + k]);
     }
     if (optimizer.has_step) {
       if (!step) raise(PyExc_KeyError, c10::str("state['step'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
@@ -482,8 +547,8 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   row.optimizer = uint8_t(index), row.used = uint8_t(group.used), row.numel = param->numel();
   for (int k = 0; k < max_operands; k++) {
     if (!operands[k]) continue;
-    row.data[k] = memory_of(operands[k], k != 1, k == 0 ? "parameter" : k == 1 ? "grad" : optimizer.slot_names[k - 2], where);
-    dtype_of(operands[k], row.dtype[k]);
+    row.dtype[k] = dtypes[k];
+    row.data[k] = memory_of(operands[k], dtypes[k], k != 1, k == 0 ? "parameter" : k == 1 ? "grad" : optimizer.slot_names[k - 2], where);
   }
   int64_t reach = row.numel;
   if (w.layout >= 0 && row.numel) {
@@ -539,13 +604,8 @@ int64_t Plan::layout_of(at::TensorImpl* const* operands) {
 }
 
 void Plan::check(PyObject* self, PyObject* fresh) {
-  auto attribute = [&](PyObject* name) {
-    PyObject* value = PyObject_GetAttr(self, name);
-    if (!value) throw python_error();
-    return py::reinterpret_steal<py::object>(value);
-  };
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Outside{"a torch dispatch mode is active"};
-  const py::object groups_object = attribute(names->param_groups), state_object = attribute(names->state);
+  const py::object groups_object = attribute(self, names->param_groups), state_object = attribute(self, names->state);
   param_groups = groups_object.ptr(), state = state_object.ptr();
   if (!PyList_Check(param_groups) || !PyDict_Check(state)) throw Outside{"param_groups is no list or state no dict"};
   if (fresh && !optimizer.has_step) {
@@ -648,7 +708,7 @@ void Plan::write(bool in_turn) {
   if (total < release_gil) return run_all();
   auto hold = [&](at::TensorImpl* t) { if (t) alive.push_back(c10::intrusive_ptr<at::TensorImpl>::reclaim_copy(t)); };
   for (const Written& w : cpu.written) {
-    hold(w.param), hold(w.param->grad().unsafeGetTensorImpl());
+    hold(w.param), hold(w.grad);
     for (at::TensorImpl* slot : w.slots) hold(slot);
   }
   py::gil_scoped_release released;

@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer
 from .backends import _C, torch_steps
 
 Group = dict[str, Any]
+_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 Closure = Callable[[], Any]
 
 if TYPE_CHECKING:
@@ -71,7 +72,64 @@ class FusedStep(_Base):
             if self._has_step() and state:
                 state["step"] = torch.tensor(float(state["step"]), dtype=_step_dtype())
             else:
-                state.update(self._new_state(group, param))
+                state.update({name: value for name, value in self._new_state(group, param).items() if state.get(name) is None})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict()`` of this optimizer or of torch's returned.
+
+        As in torch.optim, except that state keeps its dtype (torch casts it to the parameter's) and that ``foreach``, ``fused``,
+        ``capturable`` and ``differentiable`` keep the values of this optimizer (torch takes the file's).
+
+        Raises:
+            ValueError: the state of a parameter is incomplete or of another shape; nothing was loaded.
+        """
+        own = [{name: group[name] for name in _IMPLEMENTATION if name in group} for group in self.param_groups]
+        loaded: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def check(_: Optimizer, final: dict[str, Any]) -> None:
+            for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
+                for param, key in zip(group["params"], saved["params"], strict=False):
+                    if entry := final["state"].get(key):
+                        self._check_loaded({**self.defaults, **saved}, param, key, entry)
+                        loaded.append((param, entry))
+
+        def restore(_: Optimizer) -> None:
+            for group, values in zip(self.param_groups, own, strict=True):
+                group.update(values)
+            capturable = {param: group.get("capturable") for group in self.param_groups for param in group["params"]}
+            for param, entry in loaded:
+                for name, value in entry.items():
+                    if not torch.is_tensor(value):
+                        continue
+                    if name == "step":
+                        value = value.to(param.device, torch.float32) if capturable[param] else value.cpu()
+                    elif value.is_floating_point() and param.is_floating_point():
+                        value = value.to(param.device)
+                    else:
+                        continue
+                    self.state[param][name] = value
+
+        handles = [
+            self.register_load_state_dict_pre_hook(check),  # the last: it sees what the user's hooks made of the file
+            self.register_load_state_dict_post_hook(restore, prepend=True),  # and the first
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_loaded(self, group: Group, param: Tensor, key: Any, entry: dict[str, Any]) -> None:
+        if self._has_step() and "step" not in entry:
+            raise ValueError(f"loaded state of parameter {key} has no 'step', only {sorted(entry)}")
+        for name in self._slots(group):
+            value = entry.get(name)
+            if value is None and not self._has_step():
+                continue  # as torch: made at the next step
+            if value is None:
+                raise ValueError(f"loaded state of parameter {key} has no {name!r}, only {sorted(entry)}")
+            if value.shape != param.shape:
+                raise ValueError(f"loaded {name!r} of parameter {key} has shape {list(value.shape)}, the parameter {list(param.shape)}")
 
     # ---- the step
 
