@@ -565,6 +565,8 @@ def test_a_barrier_of_another_program_orders_nothing():
 
 def test_tensors_that_touch_are_not_one():
     data = aligned(8, np.float32)
+    with pytest.raises(ptx.OutOfBounds):
+        run("ld.global.b32 %r1, [%rd20];", data, ranges=[])
     for split, error in ((16, None), (8, ptx.OutOfBounds)):
         ranges = [(data.ctypes.data, split), (data.ctypes.data + split, 32 - split)]
         try:
@@ -602,6 +604,7 @@ def test_tensors_that_touch_are_not_one():
         "ld.global.v4.b64 {%rd1, %rd2, %rd3, %rd4}, [%rd20];",
         "ld.global.v3.b32 {%r1, %r2, %r3}, [%rd20];",
         "ld.global.v2.b32 {%r1, %r2, %r3}, [%rd20];",
+        "ld.global.b32 %r1, [%rd20], %rd1;",
         "ld.global.b32 %r1, [%r2];",
         "ld.global.b64 %r1, [%rd20];",
         "st.global.b64 [%rd20], %r1;",

@@ -66,7 +66,7 @@ ALL: Lanes = slice(None)
 NONE: Lanes = None
 Execute = Callable[["Machine", Lanes], None]
 
-LOWEST_ADDRESS, HIGHEST_ADDRESS = 1 << 12, 1 << 47
+LOWEST_ADDRESS, HIGHEST_ADDRESS = 1 << 12, 1 << 48
 
 
 class _Access(NamedTuple):
@@ -286,7 +286,7 @@ class Machine:
         elif self.ranges is not None:
             starts, ends = self.ranges
             candidate = np.searchsorted(starts, address, "right") - 1
-            check((candidate < 0) | (address + size > ends[candidate]), OutOfBounds, "is outside the given ranges")
+            check(address + size > ends[candidate], OutOfBounds, "is outside the given ranges")
         check((address < LOWEST_ADDRESS) | (address >= HIGHEST_ADDRESS), OutOfBounds, "is no address")
         if self.races:
             self._log.append(_Access(address, size, thread, self._epoch[lanes], store))
@@ -317,13 +317,13 @@ def _all_memory(kind: str, count: int) -> np.ndarray:
 def _merge_ranges(ranges: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Starts and ends of the given ranges in order, overlapping ones joined; those that only touch stay apart."""
     pairs = sorted(r if isinstance(r, tuple) else (r.data_ptr(), r.numel() * r.element_size()) for r in ranges)
-    merged: list[list[int]] = []
+    merged = [[0, 0]]  # an empty one below all addresses
     for start, size in pairs:
-        if merged and start < merged[-1][1]:
+        if start < merged[-1][1]:
             merged[-1][1] = max(merged[-1][1], start + size)
         elif size:
             merged.append([start, start + size])
-    starts, ends = np.array(merged, np.int64).reshape(-1, 2).T
+    starts, ends = np.array(merged, np.int64).T
     return starts, ends
 
 
@@ -373,7 +373,7 @@ def _bind(instruction: Instruction, kernel: Kernel) -> Execute | None:
             if int(count or 1) * bits_of(kind) > 128:
                 raise Refused("more than 128 bits at once")
             bind = _bind_load if name == "ld" else _bind_store
-            return bind(space, kind, int(count or 1), operands[: 2 if hint is None else -1], kernel)
+            return bind(space, kind, int(count or 1), operands[:-1] if hint else operands, kernel)
         if match := re.fullmatch(r"ld\.param\.([busf](?:16|32|64))", opcode):
             return _bind_parameter(match[1], operands, kernel)
         if match := re.fullmatch(r"mov\.(pred|[bus](?:16|32|64)|f32|f64)", opcode):
