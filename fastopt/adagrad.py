@@ -9,6 +9,47 @@ from .optimizer import FusedStep, Group
 
 
 class Adagrad(FusedStep, torch.optim.Adagrad):
+    """Adagrad: each element's learning rate shrinks with the root of the sum of its squared gradients.
+
+    At step t = 1, 2, ... of a parameter p with gradient g, all elementwise::
+
+        g = -g                                            if maximize
+        g = g + weight_decay * p
+        s = s + g * g                                     from initial_accumulator_value
+        p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
+
+    State, made by the constructor: ``step`` (t) and ``sum`` (s), shaped as the parameter.
+
+    Duchi, Hazan and Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, JMLR 2011.
+
+    Args:
+        params: tensors to step, (name, tensor) pairs, or dicts with "params" and options of their own (param groups).
+        lr: learning rate, a number >= 0 or a tensor with one element. Default 1e-2.
+        lr_decay: how fast lr falls with the number of steps, a number >= 0. Default 0.
+        weight_decay: L2 penalty, added to the gradient; a number >= 0. Default 0.
+        initial_accumulator_value: where the sum starts, a number >= 0. Default 0.
+        eps: added to the root, a number >= 0. Default 1e-10.
+        maximize: ascend instead of descend. Default False.
+        foreach, fused: as in torch.optim; the fused step runs whatever they say. Default None.
+        differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
+
+    Differs from torch.optim.Adagrad: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
+    float32 and rounded once; state keeps its dtype when it is loaded; ``foreach`` and ``fused`` choose nothing.
+
+    Raises:
+        ValueError: an argument is out of range, or ``params`` is empty.
+        TypeError: ``params`` is no iterable of tensors or dicts.
+        RuntimeError: ``fused`` and ``foreach``, or ``fused`` and ``differentiable``, are both True.
+
+    >>> import torch, fastopt
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> optimizer = fastopt.Adagrad([x], lr=1.0)
+    >>> (x**2).sum().backward()
+    >>> optimizer.step()
+    >>> x.detach()
+    tensor([2., 3.])
+    """
+
     _update = "adagrad"
     _takes_sparse = True
 

@@ -22,8 +22,99 @@ class _AdamState(FusedStep):
 
 
 class Adam(_AdamState, torch.optim.Adam):
-    pass
+    """Adam: steps along a running mean of the gradients, divided by the root of a running mean of their squares.
+
+    At step t = 1, 2, ... of a parameter p with gradient g, all elementwise::
+
+        g = -g                                            if maximize
+        g = g + weight_decay * p                          or, with decoupled_weight_decay, p = p - lr * weight_decay * p
+        m = beta1 * m + (1 - beta1) * g                   from 0
+        v = beta2 * v + (1 - beta2) * g * g               from 0
+        u = max(u, v) if amsgrad else v                   from 0
+        p = p - lr / (1 - beta1**t) * m / (sqrt(u) / sqrt(1 - beta2**t) + eps)
+
+    State: ``step`` (t), ``exp_avg`` (m), ``exp_avg_sq`` (v) and, with amsgrad, ``max_exp_avg_sq`` (u); all but step are
+    shaped as the parameter.
+
+    Kingma and Ba, Adam: A Method for Stochastic Optimization, arXiv:1412.6980; amsgrad: Reddi, Kale and Kumar,
+    On the Convergence of Adam and Beyond, arXiv:1904.09237.
+
+    Args:
+        params: tensors to step, (name, tensor) pairs, or dicts with "params" and options of their own (param groups).
+        lr: learning rate, a number >= 0 or a tensor with one element. Default 1e-3.
+        betas: how much of m and of v is kept at a step, each in [0, 1); two floats, or two tensors with one element.
+            Default (0.9, 0.999).
+        eps: added to the root, a number >= 0. Default 1e-8.
+        weight_decay: L2 penalty, added to the gradient; a number >= 0. Default 0.
+        amsgrad: divide by the largest v so far. Default False.
+        maximize: ascend instead of descend. Default False.
+        foreach, fused: as in torch.optim; the fused step runs whatever they say. Default None.
+        capturable: True is for CUDA graph capture and leaves the step to torch. Default False.
+        differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
+        decoupled_weight_decay: shrink the parameter instead of changing the gradient, which is AdamW. Default False.
+
+    Differs from torch.optim.Adam: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
+    float32 and rounded once; state keeps its dtype when it is loaded; ``foreach`` and ``fused`` choose nothing.
+
+    Raises:
+        ValueError: an argument is out of range, or ``params`` is empty.
+        TypeError: ``params`` is no iterable of tensors or dicts.
+        RuntimeError: ``fused`` and ``foreach``, or ``fused`` and ``differentiable``, are both True.
+
+    >>> import torch, fastopt
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> optimizer = fastopt.Adam([x], lr=1.0)
+    >>> (x**2).sum().backward()
+    >>> optimizer.step()
+    >>> x.detach()
+    tensor([2., 3.])
+    """
 
 
 class AdamW(_AdamState, torch.optim.AdamW):
-    pass
+    """AdamW: Adam with weight decay that shrinks the parameter and does not pass through the running means.
+
+    At step t = 1, 2, ... of a parameter p with gradient g, all elementwise::
+
+        g = -g                                            if maximize
+        p = p - lr * weight_decay * p
+        m = beta1 * m + (1 - beta1) * g                   from 0
+        v = beta2 * v + (1 - beta2) * g * g               from 0
+        u = max(u, v) if amsgrad else v                   from 0
+        p = p - lr / (1 - beta1**t) * m / (sqrt(u) / sqrt(1 - beta2**t) + eps)
+
+    State: ``step`` (t), ``exp_avg`` (m), ``exp_avg_sq`` (v) and, with amsgrad, ``max_exp_avg_sq`` (u); all but step are
+    shaped as the parameter.
+
+    Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101; amsgrad: Reddi, Kale and Kumar,
+    On the Convergence of Adam and Beyond, arXiv:1904.09237.
+
+    Args:
+        params: tensors to step, (name, tensor) pairs, or dicts with "params" and options of their own (param groups).
+        lr: learning rate, a number >= 0 or a tensor with one element. Default 1e-3.
+        betas: how much of m and of v is kept at a step, each in [0, 1); two floats, or two tensors with one element.
+            Default (0.9, 0.999).
+        eps: added to the root, a number >= 0. Default 1e-8.
+        weight_decay: the parameter shrinks by lr * weight_decay of itself; a number >= 0. Default 1e-2.
+        amsgrad: divide by the largest v so far. Default False.
+        maximize: ascend instead of descend. Default False.
+        foreach, fused: as in torch.optim; the fused step runs whatever they say. Default None.
+        capturable: True is for CUDA graph capture and leaves the step to torch. Default False.
+        differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
+
+    Differs from torch.optim.AdamW: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
+    float32 and rounded once; state keeps its dtype when it is loaded; ``foreach`` and ``fused`` choose nothing.
+
+    Raises:
+        ValueError: an argument is out of range, or ``params`` is empty.
+        TypeError: ``params`` is no iterable of tensors or dicts.
+        RuntimeError: ``fused`` and ``foreach``, or ``fused`` and ``differentiable``, are both True.
+
+    >>> import torch, fastopt
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> optimizer = fastopt.AdamW([x], lr=1.0)
+    >>> (x**2).sum().backward()
+    >>> optimizer.step()
+    >>> x.detach()
+    tensor([1.9700, 2.9600])
+    """

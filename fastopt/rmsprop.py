@@ -9,6 +9,53 @@ from .optimizer import FusedStep, Group, same_dtype
 
 
 class RMSprop(FusedStep, torch.optim.RMSprop):
+    """RMSprop: divides the gradient by the root of a running mean of its squares.
+
+    At each step of a parameter p with gradient g, all elementwise::
+
+        g = -g                                            if maximize
+        g = g + weight_decay * p
+        s = alpha * s + (1 - alpha) * g * g               from 0
+        a = alpha * a + (1 - alpha) * g                   from 0, if centered; u = s - a * a, else u = s
+        d = g / (sqrt(u) + eps)
+        b = momentum * b + d                              from 0, if momentum; p = p - lr * b, else p = p - lr * d
+
+    State: ``step``, ``square_avg`` (s), ``grad_avg`` (a) if centered, ``momentum_buffer`` (b) if momentum > 0; all but
+    step are shaped as the parameter.
+
+    Tieleman and Hinton, Lecture 6.5 of Neural Networks for Machine Learning, Coursera 2012; centered: Graves,
+    Generating Sequences With Recurrent Neural Networks, arXiv:1308.0850. As in torch.optim, eps is added to the root,
+    not under it.
+
+    Args:
+        params: tensors to step, (name, tensor) pairs, or dicts with "params" and options of their own (param groups).
+        lr: learning rate, a number >= 0 or a tensor with one element. Default 1e-2.
+        alpha: how much of the running means is kept at a step, a number >= 0; below 1 to be a mean. Default 0.99.
+        eps: added to the root, a number >= 0. Default 1e-8.
+        weight_decay: L2 penalty, added to the gradient; a number >= 0. Default 0.
+        momentum: how much of the buffer is kept at a step, a number >= 0. Default 0.
+        centered: divide by the standard deviation instead. Default False.
+        capturable: True is for CUDA graph capture and leaves the step to torch. Default False.
+        foreach: as in torch.optim; the fused step runs whatever it says. Default None.
+        maximize: ascend instead of descend. Default False.
+        differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
+
+    Differs from torch.optim.RMSprop: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
+    float32 and rounded once; state keeps its dtype when it is loaded; ``foreach`` chooses nothing.
+
+    Raises:
+        ValueError: an argument is out of range, or ``params`` is empty.
+        TypeError: ``params`` is no iterable of tensors or dicts.
+
+    >>> import torch, fastopt
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> optimizer = fastopt.RMSprop([x], lr=0.1)
+    >>> (x**2).sum().backward()
+    >>> optimizer.step()
+    >>> x.detach()
+    tensor([2.0000, 3.0000])
+    """
+
     _update = "rmsprop"
 
     def _slots(self, group: Group) -> dict[str, float]:

@@ -8,6 +8,49 @@ from .optimizer import FusedStep, Group
 
 
 class SGD(FusedStep, torch.optim.SGD):
+    """Stochastic gradient descent, with momentum (heavy ball or Nesterov's).
+
+    At each step of a parameter p with gradient g, all elementwise::
+
+        g = -g                                            if maximize
+        g = g + weight_decay * p
+        b = momentum * b + (1 - dampening) * g            if momentum; the first step has b = g
+        g = g + momentum * b if nesterov else b           if momentum
+        p = p - lr * g
+
+    State: ``momentum_buffer`` (b), shaped as the parameter, if momentum is not 0.
+
+    Sutskever, Martens, Dahl and Hinton, On the importance of initialization and momentum in deep learning, ICML 2013.
+    As in torch.optim, lr multiplies what comes out of the buffer, not what enters it.
+
+    Args:
+        params: tensors to step, (name, tensor) pairs, or dicts with "params" and options of their own (param groups).
+        lr: learning rate, a number >= 0 or a tensor with one element. Default 1e-3.
+        momentum: how much of the buffer is kept at a step, a number >= 0; below 1 to converge. Default 0.
+        dampening: how much of the gradient does not enter the buffer. Default 0.
+        weight_decay: L2 penalty, added to the gradient; a number >= 0 or a tensor with one element. Default 0.
+        nesterov: Nesterov's momentum, which needs momentum > 0 and dampening = 0. Default False.
+        maximize: ascend instead of descend. Default False.
+        foreach, fused: as in torch.optim; the fused step runs whatever they say. Default None.
+        differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
+
+    Differs from torch.optim.SGD: bfloat16 and float16 parameters are stepped in float32 and rounded once; state
+    keeps its dtype when it is loaded; ``foreach`` and ``fused`` choose nothing.
+
+    Raises:
+        ValueError: an argument is out of range, nesterov has no momentum, or ``params`` is empty.
+        TypeError: ``params`` is no iterable of tensors or dicts.
+        RuntimeError: ``fused`` and ``foreach``, or ``fused`` and ``differentiable``, are both True.
+
+    >>> import torch, fastopt
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> optimizer = fastopt.SGD([x], lr=0.1)
+    >>> (x**2).sum().backward()
+    >>> optimizer.step()
+    >>> x.detach()
+    tensor([2.4000, 3.2000])
+    """
+
     _update = "sgd"
     _takes_sparse = True
 
