@@ -80,11 +80,12 @@ def _step_widened(optimizer, group, param):
         optimizer.state[param] = state
 
 
+@torch.no_grad()
 def snapshot(optimizer):
     """Copies of every parameter and every state entry of `optimizer`.
 
-    A dict by name and dtype of [(index or name of the parameter, shape), ...] and all their elements in one flat tensor;
-    what is no tensor is a list of (index or name, value) by name.
+    A dict: by name and dtype, [(index or name of the parameter, shape), ...] and all their elements in one flat tensor;
+    by name, a list of (index or name of the parameter, value) of what is no tensor.
     """
     found = {}
     counter = itertools.count()
@@ -95,7 +96,7 @@ def snapshot(optimizer):
                 if isinstance(value, torch.Tensor):
                     shapes, parts = found.setdefault((name, value.dtype), ([], []))
                     shapes.append((index, value.shape))
-                    parts.append(value.detach().reshape(-1))
+                    parts.append(value.reshape(-1))
                 elif value is not None:  # as SGD without momentum may have it
                     found.setdefault(name, []).append((index, value))
     return {key: (value[0], torch.cat(value[1])) if isinstance(value, tuple) else value for key, value in found.items()}
@@ -137,7 +138,7 @@ def run(make_optimizer, params, grads_per_step, step=None, prepare=None):
 def assert_same_bits(actual, expected, what=""):
     """Raises AssertionError unless both hold the same bits; every NaN is the same.
 
-    Takes tensors, snapshots and lists of them. `what` says where this is, for the message.
+    Takes tensors, snapshots, and dicts and lists of them. `what` says where this is, for the message.
     """
     if isinstance(expected, list):
         assert len(actual) == len(expected), f"{what}: {len(actual)} items, expected {len(expected)}"
@@ -146,12 +147,14 @@ def assert_same_bits(actual, expected, what=""):
     elif isinstance(expected, dict):
         assert actual.keys() == expected.keys(), f"{what}: there are {[*actual]}, expected {[*expected]}"
         for key, value in expected.items():
-            if not isinstance(value, tuple):
+            if isinstance(value, tuple):
+                (shapes, a), (expected_shapes, e) = actual[key], value
+                assert shapes == expected_shapes, f"{what}: shapes of {key[0]} are {shapes}, expected {expected_shapes}"
+                _assert_same_tensor(a, e, f"{what} {key[0]}", shapes)
+            elif isinstance(value, dict | torch.Tensor):
+                assert_same_bits(actual[key], value, f"{what} {key}")
+            else:
                 assert actual[key] == value, f"{what}: {key} is {actual[key]}, expected {value}"
-                continue
-            (shapes, a), (expected_shapes, e) = actual[key], value
-            assert shapes == expected_shapes, f"{what}: shapes of {key[0]} are {shapes}, expected {expected_shapes}"
-            _assert_same_tensor(a, e, f"{what} {key[0]}", shapes)
     else:
         assert actual.shape == expected.shape, f"{what}: shape {[*actual.shape]}, expected {[*expected.shape]}"
         _assert_same_tensor(actual.detach().reshape(-1), expected.detach().reshape(-1), what, [(0, expected.shape)])
@@ -168,15 +171,14 @@ def _assert_same_tensor(actual, expected, what, shapes):
     differs = (actual.view(integer) != expected.view(integer)) & ~(actual.isnan() & expected.isnan())
     if not differs.any():
         return
-    first = place = int(differs.nonzero()[0])
-    for index, shape in shapes:
-        if place < shape.numel():
-            break
-        place -= shape.numel()
+    first = int(differs.nonzero()[0])
+    ends = itertools.accumulate(shape.numel() for _, shape in shapes)
+    (index, shape), end = next(pair for pair in zip(shapes, ends, strict=True) if first < pair[1])
     a, e = actual[first], expected[first]
     raise AssertionError(
-        f"{what}: {int(differs.sum())} of {differs.numel()} elements differ, first at element {place} of parameter {index} "
-        f"{[*shape]}: {a.item()!r}, expected {e.item()!r} ({ulp_distance(a, e)} ulp)"
+        f"{what}: {int(differs.sum())} of {differs.numel()} elements differ, the first is element "
+        f"{first - end + shape.numel()} of parameter {index} {[*shape]}: "
+        f"{a.item()!r}, expected {e.item()!r} ({ulp_distance(a, e)} ulp)"
     )
 
 
