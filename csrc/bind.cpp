@@ -845,6 +845,7 @@ PyObject* Plan::gpu_launches() {
     launches.append(py::make_tuple(i, b.programs, b.table_at, b.scalars_at, b.changed_from, b.changed_to, reinterpret_cast<int64_t>(b.image.data())));
   }
   count_steps(gpu);
+  if (launches.empty()) Py_RETURN_NONE;
   return py::tuple(launches).release().ptr();
 }
 

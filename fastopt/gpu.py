@@ -37,10 +37,10 @@ class Staging:
         on_gpu = device.type != "cpu"
         self.memory = torch.empty(words, dtype=torch.int64, pin_memory=on_gpu)
         self.address = self.memory.data_ptr()
-        self.copied = torch.cuda.Event() if on_gpu else None
+        self.copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
 
     def free(self) -> bool:
-        return self.copied is None or self.copied.query()
+        return self.copied is None or bool(self.copied.query())
 
 
 class Bucket:

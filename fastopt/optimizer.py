@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.autograd.profiler as profiler
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
@@ -63,7 +64,7 @@ class FusedStep(_Base):
             state[name] = torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
         return state
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def _make_state(self, missing: list[tuple[Group, Tensor]]) -> None:
         """Makes the state of parameters at their first step, or the step count that an old checkpoint kept as a number."""
@@ -173,32 +174,36 @@ class FusedStep(_Base):
                 self._finish(rest)
         return loss
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _finish(self, rest: Any) -> None:
         """What the plan could not do by itself: state of new parameters, GPU kernels and buffers, torch's own step for a reason."""
-        made: list[tuple[Tensor, dict[str, Any] | None]] = []
+        made: list[tuple[Tensor, dict[str, Any] | None]] = []  # parameters and what their state was before
         try:
-            while rest is not None:
-                if isinstance(rest, str):
-                    return self._torch_step(rest)
-                if isinstance(rest, list):
-                    if made:
-                        raise RuntimeError("state could not be made for a parameter: its step count must be a number")
+            while isinstance(rest, list) or (isinstance(rest, tuple) and rest[0] == "gpu"):
+                if isinstance(rest, tuple):
+                    self._prepare_gpu(rest[1:])
+                elif made:
+                    raise RuntimeError("state could not be made for a parameter: its step count must be a number")
+                else:
                     made = [(param, dict(self.state[param]) if param in self.state else None) for _, param in rest]
                     self._make_state(rest)
-                elif rest[0] == "gpu":
-                    self._prepare_gpu(rest[1:])
-                else:
-                    return self._gpu.run(rest)
                 rest = _C.step(self, [param for param, _ in made])
         except BaseException:
-            for param, state in made:
-                if state is None:
-                    del self.state[param]
-                else:
-                    self.state[param].clear()
-                    self.state[param].update(state)
+            self._unmake_state(made)
             raise
+        if isinstance(rest, str):
+            self._unmake_state(made)  # torch makes its own
+            self._torch_step(rest)
+        elif rest is not None:
+            self._gpu.run(rest)
+
+    def _unmake_state(self, made: list[tuple[Tensor, dict[str, Any] | None]]) -> None:
+        for param, before in made:
+            if before is None:
+                del self.state[param]
+            else:
+                self.state[param].clear()
+                self.state[param].update(before)
 
     def _prepare_gpu(self, wants: tuple[Any, ...]) -> None:
         from .gpu import Gpu
@@ -216,7 +221,8 @@ class FusedStep(_Base):
                 if param.grad is not None and (error := self._refusal(group, param)):
                     error.args = (f"{error} (parameter {i} of param group {g})",)
                     raise error
-        own_step = super().step.__func__  # type: ignore[misc]
+        bound: Any = super().step
+        own_step = bound.__func__
         if getattr(own_step, "hooked", False):
             own_step = own_step.__wrapped__
         fused = [group for group in self.param_groups if group.get("fused")]
@@ -247,6 +253,9 @@ class FusedStep(_Base):
 
 
 _step_with_hooks = Optimizer.profile_hook_step(FusedStep._step)
+
+if _C is None:
+    delattr(FusedStep, "step")  # without the extension, torch's own is inherited
 
 
 def _step_dtype() -> torch.dtype:
