@@ -13,7 +13,7 @@ CORE_DEPS := $(CORE) csrc/core.h csrc/apply.h csrc/optimizers.h
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup demo test pytest lint native native-arm bench bench-quick bench-gpu clean
+.PHONY: help setup demo test pytest test-long lint native native-arm bench bench-quick bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ test: lint native pytest  ## everything CI runs
 
 pytest: setup
 	$(PY) -m pytest
+
+test-long: setup  ## the slow tests: wheel and sdist, distributed, frameworks, memory
+	$(PY) -m pytest -m slow
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .
