@@ -29,6 +29,10 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f} x" if ratio < 9.95 else f"{ratio:,.0f} x"
 
 
+def count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A markdown table whose columns line up in a terminal too."""
     lines = [list(header), *map(list, rows)]
@@ -70,8 +74,8 @@ def workload_table(results: list[Result]) -> str:
     """The results of one workload, dtype and number of threads: a line for each optimizer."""
     first = results[0]
     title = (
-        f"### {first['workload']}, {first['dtype']}, {first['threads']} threads: {first['groups']} groups, "
-        f"{first['tensors']:,} tensors, {first['elements']:,} elements\n\n"
+        f"### {first['workload']}, {first['dtype']}, {count(first['threads'], 'thread')}: "
+        f"{count(first['groups'], 'group')}, {count(first['tensors'], 'tensor')}, {first['elements']:,} elements\n\n"
     )
     header = ["optimizer", *CANDIDATES, "GB/s", "roof GB/s", "of the roof"]
     lines = []
@@ -143,6 +147,7 @@ COLOURS = {"fastopt": "#d62728", "default": "#7f7f7f", "foreach": "#1f77b4", "fu
 def plot_ratios(results: list[Result], path: Path) -> None:
     """A panel for each workload: how many times as long each candidate takes as fastopt."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     panels = grouped(results, "workload", "dtype", "threads")
     columns = min(4, len(panels))
@@ -161,8 +166,10 @@ def plot_ratios(results: list[Result], path: Path) -> None:
         axis.axhline(1, color=COLOURS["fastopt"], linewidth=1.5)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g} x")
+        decades = axis.get_ylim()[1] / axis.get_ylim()[0] > 8
+        axis.yaxis.set_minor_formatter(NullFormatter() if decades else "{x:g} x")
         axis.set_xticks(range(len(panel)), [result["optimizer"] for result in panel], rotation=30, fontsize=8)
-        axis.set_title(f"{workload} ({dtype}, {threads} threads)", fontsize=10)
+        axis.set_title(f"{workload} ({dtype}, {count(threads, 'thread')})", fontsize=10)
     legends = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat]
     seen = {label: handle for legend in legends for handle, label in legend}
     figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), frameon=False)
@@ -183,7 +190,10 @@ def plot_scaling(results: list[Result], path: Path) -> None:
             if points:
                 style = ":" if candidate == "roof" else "-"
                 axis.plot(*zip(*points, strict=True), style, marker=".", color=COLOURS[candidate], label=candidate)
-        axis.set_xscale("log", base=2 if name == "threads" else 10)
+        if name != "threads":
+            axis.set_xscale("log")
+        else:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_yscale("log")
         axis.set_xlabel(name)
         axis.set_title(f"{optimizer}, {dtype}", fontsize=10)
@@ -197,7 +207,9 @@ def plot_scaling(results: list[Result], path: Path) -> None:
 def report(documents: list[dict[str, Any]], plots: Path | None) -> str:
     results = [result for document in documents for result in document.get("results", ())]
     curves = [result for result in results if "axis" in result]
-    results = [result for result in results if "axis" not in result]
+    # A cell that several files have is taken from the last.
+    cells = {tuple(r[k] for k in ("workload", "optimizer", "dtype", "threads")): r for r in results if "axis" not in r}
+    results = list(cells.values())
     text = ["# fastopt benchmark\n", *(environment_text(document["environment"]) for document in documents)]
     if any(best_other(result) for result in results):
         text.append("## fastopt against the fastest of the others\n")

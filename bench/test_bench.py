@@ -1,6 +1,6 @@
 """The benchmark as a pytest-benchmark suite on the small workloads, and tests of the benchmark itself.
 
-    pytest bench/test_bench.py [--benchmark-group-by=param:workload,param:optimizer] [--benchmark-compare ...]
+    pytest bench/test_bench.py --benchmark-enable [--benchmark-group-by=param:workload,param:optimizer]
 
 Not collected by a plain `pytest`. pytest-benchmark times one candidate after the other; bench.run, which takes turns,
 is the one to believe where two are close.
