@@ -4,6 +4,7 @@ import ast
 import contextlib
 import itertools
 import math
+import os
 import pathlib
 from fractions import Fraction
 
@@ -404,3 +405,39 @@ def test_differentiable_steps(row):
         derivatives.append(torch.autograd.grad(param.sum(), grad)[0])
     assert derivatives[0].any()
     assert_same_bits(*derivatives, row.name)
+
+
+@every_row
+def test_parameters_of_a_tensor_subclass(row):
+    class Tagged(torch.Tensor):
+        """With torch's default __torch_function__."""
+
+    params = [normal(9).as_subclass(Tagged), normal(5)]
+    in_torch(row, row.plain, params, [[normal(9), normal(5)] for _ in range(3)])
+
+
+def test_elements_farther_apart_than_32_bits(tmp_path):
+    """A parameter whose rows lie 2**31 elements apart, in a sparse file of which a few pages are touched."""
+    distance = 2**31 + 7
+    values, grads_per_step = normal(3, 1000), [[normal(3, 1000)] for _ in range(3)]
+    for row in ROWS:
+        expected = run(row.make_reference(row.plain), [values], grads_per_step, reference.step)
+        with open(tmp_path / row.name, "wb") as file:
+            file.truncate(4 * (2 * distance + 1000))
+        mapped = torch.from_file(str(tmp_path / row.name), shared=True, size=2 * distance + 1000, dtype=torch.float32)
+        param = torch.nn.Parameter(mapped.as_strided((3, 1000), (distance, 1)).copy_(values))
+        assert_same_bits(drive(row.make_ours(row.plain)([param]), grads_per_step), expected, row.name)
+
+
+@pytest.mark.slow
+def test_more_elements_than_32_bits_count():
+    """Four gigabytes of bfloat16; the gradient is one element, expanded."""
+    numel = 2**31 + 4097
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 6e9:
+        pytest.skip("takes 4.3 GB of memory")
+    param = torch.zeros(numel, dtype=torch.bfloat16)
+    param.grad = torch.ones(1, dtype=torch.bfloat16).expand(numel)
+    torch.set_num_threads(2)
+    fastopt.SGD([param], lr=1.0).step()
+    assert param[0] == param[2**31] == param[-1] == -1
+    assert all(bool((part == -1).all()) for part in param.split(2**28))

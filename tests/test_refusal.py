@@ -3,6 +3,7 @@
 What torch.optim refuses is refused, with its type of error; what it accepts does as the reference does.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -255,6 +256,32 @@ def test_a_refused_first_step_leaves_no_state(row):
     optimizer.step()
     assert all(optimizer.state[param].keys() == optimizer.state[params[0]].keys() for param in params)
     assert torch.equal(params[0].detach(), params[1].detach()) and not torch.equal(params[0].detach(), torch.ones(7))
+
+
+@every_row
+def test_a_refused_load_changes_nothing(row):
+    """State that is there but incomplete or of another shape; torch loads it and fails, or computes, later."""
+
+    def without(name):
+        return lambda entry: entry.pop(name)
+
+    def misshapen(name):
+        return lambda entry: entry.update({name: torch.ones(2, 2)})
+
+    spoilers = [misshapen(name) for name in row.slots]
+    if row.name in COUNTING:
+        spoilers += [without(name) for name in ("step", *row.slots)]
+    for spoil in spoilers:
+        optimizer, _ = started(row.make_ours(row.plain), lambda optimizer: optimizer.step())
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["lr"] = 77.0
+        spoil(saved["state"][1])
+        tensors, keys = everything(optimizer)
+        with pytest.raises(ValueError, match="parameter 1"):
+            optimizer.load_state_dict(saved)
+        tensors_after, keys_after = everything(optimizer)
+        assert keys_after == keys and optimizer.param_groups[0]["lr"] != 77.0
+        assert [t[:3] for t in tensors_after] == [t[:3] for t in tensors]
 
 
 @every_row

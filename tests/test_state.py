@@ -99,6 +99,20 @@ def load_part_of_the_state(session):
     session.step(2)
 
 
+def load_old_checkpoint(session):
+    """Step counts as numbers, and none of the keys that came to param groups later."""
+    session.step(2)
+    saved = copy.deepcopy(session.optimizer.state_dict())
+    for entry in saved["state"].values():
+        if "step" in entry:
+            entry["step"] = entry["step"].item()
+    for key in ("foreach", "fused", "capturable", "differentiable", "maximize", "nesterov", "amsgrad", "centered"):
+        saved["param_groups"][0].pop(key, None)
+    session.optimizer.load_state_dict(saved)
+    session.optimizer.param_groups[0]["foreach"] = False  # the reference is torch's for-loop
+    session.step(2)
+
+
 def data_of_another_dtype(session):
     """As `module.double()` and `.to(dtype)` do it: new memory behind the same Parameter, the state as it was."""
     session.step(2)
@@ -326,9 +340,9 @@ def default_dtype_float64(session):
 
 
 SCENARIOS = (
-    grow, load_in_between, load_part_of_the_state, data_of_another_dtype, module_to_by_swapping, swapped_tensors,
-    other_memory, changed_behind_the_object, state_replaced_or_cleared, state_in_another_order, states_exchanged,
-    foreign_entries, group_added, groups_rearranged, hyper_parameters_changed, buffers_toggled,
+    grow, load_in_between, load_part_of_the_state, load_old_checkpoint, data_of_another_dtype, module_to_by_swapping,
+    swapped_tensors, other_memory, changed_behind_the_object, state_replaced_or_cleared, state_in_another_order,
+    states_exchanged, foreign_entries, group_added, groups_rearranged, hyper_parameters_changed, buffers_toggled,
     momentum_buffer_missing, steps_apart, no_gradients_at_all, copied_and_pickled, parameters_without_requires_grad,
     default_dtype_float64,
 )  # fmt: skip
