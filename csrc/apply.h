@@ -1,7 +1,7 @@
 // The machinery of the CPU step, compiled once per ISA: an update over the elements of a row, whatever their dtypes and strides.
 //
-// Where all operands lie in memory as the update wants them (its compute type, one order), the update runs on memory itself. Else it
-// runs on blocks in the L1 cache: operands are loaded (widened, gathered), updated, and param and state stored (rounded, scattered).
+// Where all operands walk memory in one order and are fp32, fp64 or bf16 in a usual combination, the update runs on memory itself. Else
+// it runs on blocks in the L1 cache: operands are loaded (widened, gathered), updated, and param and state stored (rounded, scattered).
 // Everything has internal linkage: code for one ISA must never be shared with another.
 #pragma once
 #include <cstring>
@@ -109,59 +109,72 @@ template <class F> inline void with_type(DType dtype, void* data, F f) {
   }
 }
 
-// ---- an update over n elements of the compute type
+// ---- an update over n elements: param and grad of type P, state of type S, arithmetic in T
 
-template <class Optimizer, unsigned used, class T>
+template <class Optimizer, unsigned used, class T, class P, class S>
 void update(void* const* data, int64_t n, const void* scalars) {
   const auto h = *static_cast<const typename Optimizer::template Scalars<T>*>(scalars);
-  T* __restrict param = static_cast<T*>(data[0]);
-  const T* __restrict grad = static_cast<const T*>(data[1]);
-  T* __restrict slot0 = static_cast<T*>(data[2]);
-  T* __restrict slot1 = static_cast<T*>(data[3]);
-  T* __restrict slot2 = static_cast<T*>(data[4]);
+  P* __restrict param = static_cast<P*>(data[0]);
+  const P* __restrict grad = static_cast<const P*>(data[1]);
+  S* __restrict slot0 = static_cast<S*>(data[2]);
+  S* __restrict slot1 = static_cast<S*>(data[3]);
+  S* __restrict slot2 = static_cast<S*>(data[4]);
   for (int64_t i = 0; i < n; i++) {
-    T p = param[i], state[max_slots] = {};
-    if constexpr (used & 1) state[0] = slot0[i];
-    if constexpr (used & 2) state[1] = slot1[i];
-    if constexpr (used & 4) state[2] = slot2[i];
-    Optimizer::template update<used, T>(p, grad[i], state, h);
-    param[i] = p;
-    if constexpr (used & 1) slot0[i] = state[0];
-    if constexpr (used & 2) slot1[i] = state[1];
-    if constexpr (used & 4) slot2[i] = state[2];
+    T p = widen(param[i]), state[max_slots] = {};
+    if constexpr (used & 1) state[0] = widen(slot0[i]);
+    if constexpr (used & 2) state[1] = widen(slot1[i]);
+    if constexpr (used & 4) state[2] = widen(slot2[i]);
+    Optimizer::template update<used, T>(p, widen(grad[i]), state, h);
+    narrow(p, param[i]);
+    if constexpr (used & 1) narrow(state[0], slot0[i]);
+    if constexpr (used & 2) narrow(state[1], slot1[i]);
+    if constexpr (used & 4) narrow(state[2], slot2[i]);
   }
 }
 
 using Update = void (*)(void* const*, int64_t, const void*);
 struct Updates { Update of[1 << max_slots]; };  // by mask of used slots
 
-template <class Optimizer, unsigned used, class T> constexpr Update update_or_null() {
+template <class Optimizer, unsigned used, class... Types> constexpr Update update_or_null() {
   constexpr unsigned all = (1u << sizeof(Optimizer::slots) / sizeof(char*)) - 1;
-  if constexpr ((used & ~all) == 0 && (used & Optimizer::required) == Optimizer::required) return &update<Optimizer, used, T>;
+  if constexpr ((used & ~all) == 0 && (used & Optimizer::required) == Optimizer::required) return &update<Optimizer, used, Types...>;
   else return nullptr;
 }
-template <class Optimizer, class T, unsigned... used>
+template <class Optimizer, class... Types, unsigned... used>
 constexpr Updates updates_of(std::integer_sequence<unsigned, used...>) {
-  return {{update_or_null<Optimizer, used, T>()...}};
+  return {{update_or_null<Optimizer, used, Types...>()...}};
 }
-template <class T, class... Optimizer>
+template <class T, class P, class S, class... Optimizer>
 Update find_update(const Row& row, std::tuple<Optimizer...>*) {
-  static constexpr Updates updates[] = {updates_of<Optimizer, T>(std::make_integer_sequence<unsigned, 1 << max_slots>())...};
+  static constexpr Updates updates[] = {updates_of<Optimizer, T, P, S>(std::make_integer_sequence<unsigned, 1 << max_slots>())...};
   return updates[row.optimizer].of[row.used];
+}
+template <class T, class P, class S> Update find_update(const Row& row) {
+  return find_update<T, P, S>(row, static_cast<Optimizers*>(nullptr));
 }
 
 // ---- elements [begin, end) of a row
 
-template <class T> void apply_as(const Row& row, int64_t begin, int64_t end, DType compute) {
-  const Update update = find_update<T>(row, static_cast<Optimizers*>(nullptr));
-  bool direct = !row.layout;
-  for (int k = 0; k < max_operands; k++) direct &= !row.data[k] || row.dtype[k] == compute;
-  void* data[max_operands] = {};
-  if (direct) {
-    for (int k = 0; k < max_operands; k++)
-      if (row.data[k]) data[k] = static_cast<T*>(row.data[k]) + begin;
-    return update(data, end - begin, row.scalars);
+// The update that runs on memory itself, or null.
+Update find_direct(const Row& row) {
+  if (row.layout) return nullptr;
+  const DType param = row.dtype[0];
+  DType state = param;
+  for (int k = 2, first = 1; k < max_operands; k++) {
+    if (!row.data[k]) continue;
+    if (!first && row.dtype[k] != state) return nullptr;
+    state = row.dtype[k], first = 0;
   }
+  if (param == DType::f32 && state == DType::f32) return find_update<float, float, float>(row);
+  if (param == DType::f64 && state == DType::f64) return find_update<double, double, double>(row);
+  if (param == DType::bf16 && state == DType::bf16) return find_update<float, bfloat16, bfloat16>(row);
+  if (param == DType::bf16 && state == DType::f32) return find_update<float, bfloat16, float>(row);
+  return nullptr;
+}
+
+template <class T> void apply_in_blocks(const Row& row, int64_t begin, int64_t end, DType compute) {
+  const Update update = find_update<T, T, T>(row);
+  void* data[max_operands] = {};
   alignas(64) T blocks[max_operands][block];
   for (int64_t at = begin; at < end; at += block) {
     const int64_t n = end - at < block ? end - at : block;
@@ -191,8 +204,14 @@ template <class T> void apply_as(const Row& row, int64_t begin, int64_t end, DTy
 }
 
 void apply(const Row& row, int64_t begin, int64_t end) {
-  if (row.dtype[0] == DType::f64) apply_as<double>(row, begin, end, DType::f64);
-  else apply_as<float>(row, begin, end, DType::f32);
+  if (const Update update = find_direct(row)) {
+    void* data[max_operands] = {};
+    for (int k = 0; k < max_operands; k++)
+      if (row.data[k]) data[k] = static_cast<char*>(row.data[k]) + begin * itemsize(row.dtype[k]);
+    return update(data, end - begin, row.scalars);
+  }
+  if (row.dtype[0] == DType::f64) apply_in_blocks<double>(row, begin, end, DType::f64);
+  else apply_in_blocks<float>(row, begin, end, DType::f32);
 }
 
 }  // namespace
