@@ -59,7 +59,7 @@ class FusedStep(_Base):
     def _new_state(self, group: Group, param: Tensor) -> dict[str, Tensor]:
         state = {}
         if self._has_step():
-            state["step"] = torch.tensor(0.0, dtype=_step_dtype())
+            state["step"] = torch.tensor(0.0, dtype=_step_dtype(), device="cpu")  # also under torch.set_default_device
         for name, value in self._slots(group).items():
             state[name] = torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
         return state
@@ -71,7 +71,7 @@ class FusedStep(_Base):
         for group, param in missing:
             state = self.state[param]
             if self._has_step() and state:
-                state["step"] = torch.tensor(float(state["step"]), dtype=_step_dtype())
+                state["step"] = torch.tensor(float(state["step"]), dtype=_step_dtype(), device="cpu")
             else:
                 state.update({name: value for name, value in self._new_state(group, param).items() if state.get(name) is None})
 
