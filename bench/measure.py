@@ -43,7 +43,7 @@ class Effort:
 
 
 FULL = Effort(seconds=5.0, min_rounds=5, max_rounds=41, batch=5e-3)
-QUICK = Effort(seconds=0.5, min_rounds=3, max_rounds=21, batch=1e-3)
+QUICK = Effort(seconds=0.3, min_rounds=3, max_rounds=21, batch=1e-3)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
