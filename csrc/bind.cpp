@@ -737,6 +737,7 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
     if (in_turn) return PyUnicode_FromString("on a GPU, parameters share memory");
     if (PyObject* wants = gpu_wants()) return wants;
   }
+  if (in_turn && !fresh_params.empty()) return PyUnicode_FromString("parameters share memory at their first step");
   if (!cpu.rows.empty()) {
     if (in_turn) count_repeated_steps();
     write(in_turn);

@@ -9,6 +9,7 @@ state at a parameter's first step, and torch's own step for whatever is not a pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.optim.optimizer import Optimizer
 from .backends import _C, torch_steps
 
 Group = dict[str, Any]
+_KEPT = (torch.float32, torch.bfloat16, torch.float16)  # what the arithmetic for every parameter holds
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 Closure = Callable[[], Any]
 
@@ -78,8 +80,8 @@ class FusedStep(_Base):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict()`` of this optimizer or of torch's returned.
 
-        As in torch.optim, except that state keeps its dtype (torch casts it to the parameter's) and that ``foreach``, ``fused``,
-        ``capturable`` and ``differentiable`` keep the values of this optimizer (torch takes the file's).
+        As in torch.optim, except that state of float32, bfloat16 or float16 keeps its dtype (torch casts it to the parameter's) and that
+        ``foreach``, ``fused``, ``capturable`` and ``differentiable`` keep the values of this optimizer (torch takes the file's).
 
         Raises:
             ValueError: the state of a parameter is incomplete or of another shape; nothing was loaded.
@@ -104,7 +106,7 @@ class FusedStep(_Base):
                         continue
                     if name == "step":
                         value = value.to(param.device, torch.float32) if capturable[param] else value.cpu()
-                    elif value.is_floating_point() and param.is_floating_point():
+                    elif value.dtype in _KEPT and param.is_floating_point():
                         value = value.to(param.device)
                     else:
                         continue
@@ -121,15 +123,18 @@ class FusedStep(_Base):
                 handle.remove()
 
     def _check_loaded(self, group: Group, param: Tensor, key: Any, entry: dict[str, Any]) -> None:
-        if self._has_step() and "step" not in entry:
-            raise ValueError(f"loaded state of parameter {key} has no 'step', only {sorted(entry)}")
-        for name in self._slots(group):
+        for name in ["step"] * self._has_step() + list(self._slots(group)):
             value = entry.get(name)
             if value is None and not self._has_step():
                 continue  # as torch: made at the next step
             if value is None:
                 raise ValueError(f"loaded state of parameter {key} has no {name!r}, only {sorted(entry)}")
-            if value.shape != param.shape:
+            if name == "step":
+                if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+                    raise ValueError(f"loaded 'step' of parameter {key} is no number: {value!r}")
+            elif not isinstance(value, Tensor):
+                raise ValueError(f"loaded {name!r} of parameter {key} is no tensor: {value!r}")
+            elif value.shape != param.shape:
                 raise ValueError(f"loaded {name!r} of parameter {key} has shape {list(value.shape)}, the parameter {list(param.shape)}")
 
     # ---- the step
