@@ -1,7 +1,7 @@
 """What people do with a torch optimizer beside stepping it, done with fastopt and with torch.optim: the same comes out.
 
 Numbers, state, refusals and the hot step have files of their own. Here a *scenario* is a function of `make`, which
-makes an optimizer of parameters; it runs with fastopt's class and with torch's for-loop, and returns what must be equal.
+makes an optimizer; it runs with fastopt's class and with torch's for-loop, and returns what must be equal.
 """
 
 import copy

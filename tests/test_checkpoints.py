@@ -1,0 +1,241 @@
+"""Checkpoints that change hands between torch.optim and fastopt in mid-training, and those that are refused."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from . import reference
+from .optimizers import ROWS
+from .reference import assert_same_bits, drive, fresh, snapshot
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+def through_a_file(state_dict):
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def relay(legs, values, grads_per_step, edit=None):
+    """Trains in turns: each (make, step) of `legs` takes over parameters and state from the one before through a file.
+
+    `edit` changes every file on its way. Returns the snapshots of all legs.
+    """
+    share = len(grads_per_step) // len(legs)
+    snapshots, saved = [], None
+    for number, (make, step) in enumerate(legs):
+        optimizer = make(fresh(values if saved is None else saved["params"]))
+        if saved is not None:
+            if edit is not None:
+                edit(saved["optimizer"])
+            optimizer.load_state_dict(saved["optimizer"])
+        snapshots += drive(optimizer, grads_per_step[number * share : (number + 1) * share], step)
+        params = [p.detach() for p in optimizer.param_groups[0]["params"]]
+        saved = through_a_file({"params": params, "optimizer": optimizer.state_dict()})
+    return snapshots
+
+
+def some_values():
+    """None of no dimension: with a float64 tensor lr torch computes those in float64."""
+    return [torch.randn(shape) for shape in ((33,), (4, 3), (1,))]
+
+
+@every_row
+def test_there_and_back(row):
+    """torch -> fastopt -> torch, and the other way, for every combination of options: as if torch had done it all."""
+    values = some_values()
+    for options in row.combinations():
+        grads_per_step = [[torch.randn(v.shape) for v in values] for _ in range(6)]
+        ours = (row.make_ours(copy.deepcopy(options)), None)
+        theirs = (row.make_reference(copy.deepcopy(options)), reference.step)
+        expected = relay([theirs] * 3, values, grads_per_step)
+        assert_same_bits(relay([theirs, ours, theirs], values, grads_per_step), expected, f"{row.name} {options}")
+        assert_same_bits(relay([ours, theirs, ours], values, grads_per_step), expected, f"{row.name} {options}")
+
+
+@every_row
+def test_checkpoint_of_fused_and_capturable_torch(row):
+    """`fused=True, capturable=True` on a GPU, loaded with map_location="cpu": what the flags say is for there."""
+    values = some_values()
+    grads_per_step = [[torch.randn(v.shape) for v in values] for _ in range(6)]
+
+    def as_from_a_gpu(saved):
+        for group in saved["param_groups"]:
+            group.update({"fused": True, "foreach": False}, **({"capturable": True} if "capturable" in group else {}))
+        for entry in saved["state"].values():
+            if "step" in entry:
+                entry["step"] = entry["step"].to(torch.float32)
+
+    ours = (row.make_ours(row.plain), None)
+    theirs = (row.make_reference(row.plain), reference.step)
+    expected = relay([theirs] * 2, values, grads_per_step)
+    assert_same_bits(relay([theirs, ours], values, grads_per_step, as_from_a_gpu), expected, row.name)
+
+
+@pytest.mark.parametrize("how", ["fused", "foreach"])
+@every_row
+def test_checkpoint_of_torchs_other_implementations(row, how):
+    """Written by torch with fused or foreach; fastopt goes on with the bits of torch's for-loop from there."""
+    if how == "fused" and not row.has_fused:
+        pytest.skip("torch has no fused kernel of it")
+    (param,) = fresh([torch.randn(33)])
+    optimizer = row.theirs([param], **row.plain, **{how: True})
+    drive(optimizer, [[torch.randn(33)] for _ in range(3)])
+    saved = through_a_file({"value": param.detach(), "optimizer": optimizer.state_dict()})
+    grads_per_step = [[torch.randn(33)] for _ in range(3)]
+    runs = []
+    for make, step in ((row.make_ours(row.plain), None), (row.make_reference(row.plain), reference.step)):
+        other = make(fresh([saved["value"]]))
+        other.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        other.param_groups[0].update(foreach=False, **({"fused": None} if "fused" in other.param_groups[0] else {}))
+        runs.append(drive(other, grads_per_step, step))
+    assert_same_bits(*runs, row.name)
+
+
+@every_row
+def test_how_it_runs_keeps_this_optimizers_values(row):
+    """Whatever the file says, and whatever this optimizer has; torch, given our file, takes ours."""
+    file = row.theirs(fresh(some_values()), **row.plain).state_dict()
+    how = [key for key in ("foreach", "fused", "capturable", "differentiable") if key in file["param_groups"][0]]
+    assert "foreach" in how and "differentiable" in how
+    for own in ({}, {"foreach": True}, *[{"fused": True}] * row.has_fused, {"differentiable": True}):
+        optimizer = row.ours(fresh(some_values()), **row.plain, **own)
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "foreach": False})
+        before = [{key: group[key] for key in how} for group in optimizer.param_groups]
+        for value in (True, False, None):
+            saved = copy.deepcopy(optimizer.state_dict())
+            for group in saved["param_groups"]:
+                group.update(dict.fromkeys(how, value), lr=0.75)
+            optimizer.load_state_dict(saved)
+            assert [{key: group[key] for key in how} for group in optimizer.param_groups] == before
+            assert [group["lr"] for group in optimizer.param_groups] == [0.75, 0.75]
+
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("saved", STATE_DTYPES, ids=str)
+@pytest.mark.parametrize("stored", STATE_DTYPES[:4], ids=str)
+@every_row
+def test_state_of_every_dtype_loads_and_steps(row, stored, saved):
+    """State keeps the file's dtype where the arithmetic holds it, and is torch's cast where not."""
+    (param,) = fresh([torch.randn(9).to(stored)])
+    optimizer = row.ours([param], **row.plain)
+    drive(optimizer, [[torch.randn(9).to(stored)]])
+    file = through_a_file(optimizer.state_dict())
+    for name in row.slots:
+        file["state"][0][name] = file["state"][0][name].to(saved)
+    optimizer.load_state_dict(file)
+    kept = saved in STATE_DTYPES[:3] or saved == stored
+    for name in row.slots:
+        assert optimizer.state[param][name].dtype == (saved if kept else stored)
+        assert torch.equal(
+            optimizer.state[param][name].double(), file["state"][0][name].to(stored if not kept else saved).double()
+        )
+    before = param.detach().clone()
+    drive(optimizer, [[torch.randn(9).to(stored)]] * 2)
+    assert not torch.equal(param, before) and param.isfinite().all()
+
+
+def without(saved, name):
+    saved["state"][1].pop(name)
+
+
+def of_none(saved, name):
+    saved["state"][1][name] = None
+
+
+def of_another_shape(saved, name):
+    saved["state"][1][name] = torch.ones(2, 2) if name != "step" else torch.ones(2)
+
+
+def of_one_element_less(saved, name):
+    saved["state"][1][name] = torch.ones(11) if name != "step" else torch.ones(0)
+
+
+def of_no_tensor(saved, name):
+    saved["state"][1][name] = "lost"
+
+
+@pytest.mark.parametrize("spoil", [without, of_none, of_another_shape, of_one_element_less, of_no_tensor])
+@every_row
+def test_incomplete_and_misshapen_state_is_refused(row, spoil):
+    """With the parameter's index and the entry's name in the text, and nothing loaded by half."""
+    for name in (*row.slots, *["step"] * (row.name != "SGD")):
+        if row.name == "SGD" and spoil in (without, of_none):
+            continue  # SGD makes a new buffer, as torch does
+        optimizer = row.ours(fresh(some_values()), **row.plain)
+        drive(optimizer, [[torch.randn(p.shape) for p in optimizer.param_groups[0]["params"]]])
+        saved = copy.deepcopy(optimizer.state_dict())
+        drive(optimizer, [[torch.randn(p.shape) for p in optimizer.param_groups[0]["params"]]])
+        saved["param_groups"][0]["lr"] = 0.75
+        spoil(saved, name)
+        before, groups = snapshot(optimizer), [dict(group) for group in optimizer.param_groups]
+        identities = [id(value) for entry in optimizer.state.values() for value in entry.values()]
+        with pytest.raises(ValueError, match=rf"'{name}'.*parameter 1|parameter 1.*'{name}'"):
+            optimizer.load_state_dict(saved)
+        assert_same_bits(snapshot(optimizer), before)
+        assert [{**group, "params": None} for group in optimizer.param_groups] == [
+            {**g, "params": None} for g in groups
+        ]
+        assert [id(value) for entry in optimizer.state.values() for value in entry.values()] == identities
+
+
+@every_row
+def test_torchs_own_refusals(row):
+    """Another number of groups or parameters: torch's error, and nothing changed."""
+    optimizer = row.ours(fresh(some_values()), **row.plain)
+    drive(optimizer, [[torch.randn(p.shape) for p in optimizer.param_groups[0]["params"]]])
+    before = snapshot(optimizer)
+    for params in (some_values()[:2], [{"params": fresh(some_values())}, {"params": fresh(some_values())}]):
+        other = row.theirs(fresh(params) if isinstance(params[0], torch.Tensor) else params, **row.plain)
+        errors = []
+        for target in (optimizer, row.theirs(fresh(some_values()), **row.plain)):
+            with pytest.raises(ValueError) as caught:
+                target.load_state_dict(other.state_dict())
+            errors.append(str(caught.value))
+        assert errors[0] == errors[1]
+        assert_same_bits(snapshot(optimizer), before)
+
+
+@every_row
+def test_absent_entries_and_group_keys(row):
+    """A parameter without state starts anew, and options that the file's version did not have get torch's defaults."""
+    values = some_values()
+    runs = []
+    for make, step in ((row.make_ours(row.plain), None), (row.make_reference(row.plain), reference.step)):
+        torch.manual_seed(3)
+        optimizer = make(fresh(values))
+        drive(optimizer, [[torch.randn(v.shape) for v in values]], step)
+        saved = through_a_file(optimizer.state_dict())
+        saved["state"].pop(1, None)
+        for group in saved["param_groups"]:
+            for key in ("foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+                group.pop(key, None)
+        other = make(fresh(values))
+        other.load_state_dict(saved)
+        keys = sorted(other.param_groups[0])
+        other.param_groups[0]["foreach"] = False
+        if row.name == "Adagrad":  # has no entry but from its constructor
+            other.state[other.param_groups[0]["params"][1]] = copy.deepcopy(
+                make(fresh(values[1:2])).state_dict()["state"][0]
+            )
+        runs.append([*drive(other, [[torch.randn(v.shape) for v in values]] * 2, step), {"keys": keys}])
+    assert_same_bits(*runs, row.name)
+
+
+@every_row
+def test_a_file_is_not_changed_by_loading(row):
+    """Also its flags and step counts stay, so that it can be loaded once more, elsewhere."""
+    optimizer = row.ours(fresh(some_values()), **row.plain)
+    drive(optimizer, [[torch.randn(p.shape) for p in optimizer.param_groups[0]["params"]]])
+    saved = through_a_file(optimizer.state_dict())
+    saved["param_groups"][0]["foreach"] = True
+    untouched = copy.deepcopy(saved)
+    optimizer.load_state_dict(saved)
+    assert saved["param_groups"] == untouched["param_groups"]
+    assert_same_bits(saved["state"], untouched["state"])
