@@ -8,7 +8,7 @@ state at a parameter's first step, and torch's own step for whatever is not a pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
