@@ -1,13 +1,15 @@
 """The GPU backend between plan and kernels: uploads what changed of the plan's arrays, and launches.
 
-The plan (csrc/bind.cpp) has checked everything and laid out, for each bucket of rows that one launch serves, the arrays that
-kernels/multi_tensor.py describes. Imported, and Triton with it, when a GPU tensor is stepped for the first time.
+The plan (csrc/bind.cpp) has checked everything and laid out, for each bucket of rows that one launch serves, the
+arrays that kernels/multi_tensor.py describes. Imported, and Triton with it, when a GPU tensor is stepped for the first
+time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections import deque
 from typing import Any
 
 import torch
@@ -35,12 +37,19 @@ class Staging:
 
     def __init__(self, words: int, device: torch.device):
         on_gpu = device.type != "cpu"
+        self.words = words
         self.memory = torch.empty(words, dtype=torch.int64, pin_memory=on_gpu)
         self.address = self.memory.data_ptr()
         self.copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._first = self.memory
 
     def free(self) -> bool:
         return self.copied is None or bool(self.copied.query())
+
+    def first(self, words: int) -> torch.Tensor:
+        if self._first.numel() != words:
+            self._first = self.memory[:words]
+        return self._first
 
 
 class Bucket:
@@ -50,33 +59,33 @@ class Bucket:
         self.device = device
         self.launcher = multi_tensor.update_launcher(algorithm, used, DTYPES[param], DTYPES[state], device.index or 0)
         self.buffer = torch.empty(0, dtype=torch.int64, device=device)
-        self.staging: list[Staging] = []
+        self.staging: deque[Staging] = deque()  # in the order of use, which is that in which copies end
         self.uploads = 0
         self.uploaded_words = 0
-        self._views: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._targets: dict[tuple[int, int], torch.Tensor] = {}  # parts of the buffer; slicing takes as long as copying
 
     def grow(self, words: int) -> None:
         self.buffer = torch.empty(words, dtype=torch.int64, device=self.device)
-        self.staging = []
-        self._views = {}
+        self._targets = {}
 
     def upload(self, image: int, start: int, stop: int) -> None:
-        """Words [start, stop) of the plan's image, on the current stream, through memory that no copy reads any more."""
-        index = next((i for i, staging in enumerate(self.staging) if staging.free()), len(self.staging))
-        if index == len(self.staging):
-            self.staging.append(Staging(self.buffer.numel(), self.device))
-        staging = self.staging[index]
-        ctypes.memmove(staging.address + 8 * start, image + 8 * start, 8 * (stop - start))
-        views = self._views.get((index, start, stop))
-        if views is None:
-            if len(self._views) > 64:
-                self._views.clear()
-            views = self._views[index, start, stop] = self.buffer[start:stop], staging.memory[start:stop]
-        views[0].copy_(views[1], non_blocking=True)
+        """Words [start, stop) of the plan's image, on the current stream, through memory no copy reads any more."""
+        words = stop - start
+        staging = self.staging.popleft() if self.staging and self.staging[0].free() else None
+        if staging is None or staging.words < words:
+            staging = Staging(1 << (words - 1).bit_length(), self.device)
+        self.staging.append(staging)
+        ctypes.memmove(staging.address, image + 8 * start, 8 * words)
+        target = self._targets.get((start, stop))
+        if target is None:
+            if len(self._targets) > 64:
+                self._targets.clear()
+            target = self._targets[start, stop] = self.buffer[start:stop]
+        target.copy_(staging.first(words), non_blocking=True)
         if staging.copied is not None:
             staging.copied.record()
         self.uploads += 1
-        self.uploaded_words += stop - start
+        self.uploaded_words += words
 
 
 class Gpu:
@@ -90,7 +99,11 @@ class Gpu:
 
     def refuse_capture(self, optimizer: Any) -> None:
         """torch's error for a step under graph capture: the scalars come from the host, which a replay does not ask."""
-        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+        if (
+            self._on_cuda
+            and torch.cuda.is_current_stream_capturing()
+            and not all(group.get("capturable") for group in optimizer.param_groups)  # else the step is torch's
+        ):
             raise RuntimeError(
                 f"Attempting CUDA graph capture of step() for an instance of {type(optimizer).__name__} "
                 "but param_groups' capturable is False."

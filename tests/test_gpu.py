@@ -1,0 +1,527 @@
+"""The GPU backend through the library, without a GPU: the plan, its uploads, Triton's host path and the kernels' PTX.
+
+The backend is told to serve CPU tensors, and the stand-in driver of tests/tools runs its launches. What only a device
+can show is in test_gpu_hardware.py.
+"""
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastopt
+from bench.workloads import WORKLOADS
+
+from .optimizers import ROWS
+from .reference import assert_same_bits, snapshot
+
+triton = pytest.importorskip("triton")
+
+from fastopt.kernels import multi_tensor  # noqa: E402
+
+from fastopt import gpu as backend  # noqa: E402
+
+from .tools import driver  # noqa: E402
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32)]  # of param and grad, of state
+CHUNK = multi_tensor.CHUNK
+ROOT = Path(__file__).parent.parent
+SIZES = [0, 1, 3, 4, 7, 16, 31, 33, 127, 129, 255, CHUNK + 1]
+
+
+@contextlib.contextmanager
+def triton_serves_cpu_tensors(arch=90, **options):
+    """The stand-in driver as an sm_`arch`; nothing of it is left afterwards. `options` are the driver's."""
+    multi_tensor.update_launcher.cache_clear()  # of another architecture
+    with driver.installed(arch, **options) as stand_in:
+        fastopt._C.set_gpu_type("cpu")
+        try:
+            yield stand_in
+        finally:
+            fastopt._C.set_gpu_type("cuda")
+            multi_tensor.update_launcher.cache_clear()
+
+
+@pytest.fixture
+def gpu():
+    with triton_serves_cpu_tensors() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def idle_gpu():
+    """A GPU that is sent everything and does nothing: for the host's part."""
+    with triton_serves_cpu_tensors(execute=False) as stand_in:
+        yield stand_in
+
+
+def params_of(optimizer):
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def buckets(optimizer):
+    return list(optimizer._gpu.buckets.values())
+
+
+# ---- every optimizer, option and dtype: the bits of the C++ backend
+
+
+def values(size, dtype, number, device):
+    """Elements of unlike magnitudes; two tensors of five are not aligned to 16 bytes."""
+    offset = max(0, number % 5 - 2)
+    storage = torch.randn(size + offset) * torch.logspace(-3, 1, size + offset)
+    return storage.to(device, dtype)[offset:]
+
+
+def table_of_groups(row, dtype, constructor, device):
+    """A param group for each combination of the row's options that has these options of the constructor."""
+    groups, numbers = [], itertools.count()
+    for options in row.combinations():
+        if constructor == {name: options[name] for name in row.constructor_only if name in options}:
+            sizes = [(number, SIZES[number % len(SIZES)]) for number in itertools.islice(numbers, 2)]
+            params = [torch.nn.Parameter(values(size, dtype, number, device)) for number, size in sizes]
+            groups.append({**options, "params": params})
+    transposed = torch.randn(7, 9).to(device, dtype).t()
+    groups[-1]["params"].append(torch.nn.Parameter(transposed.clone(memory_format=torch.preserve_format)))
+    return groups
+
+
+def constructor_options(row):
+    """Each combination of those options that a param group can't have."""
+    found = [{name: it[name] for name in row.constructor_only if name in it} for it in row.combinations()]
+    return [options for number, options in enumerate(found) if options not in found[:number]]
+
+
+def drive_table(row, dtype, state_dtype, constructor, device="cpu", watch=lambda optimizer: None):
+    """Four steps, in which parameters take turns to be left out: snapshots after each, and the launches they need."""
+    torch.manual_seed(0)
+    optimizer = row.ours(table_of_groups(row, dtype, constructor, device), **constructor)
+    params = params_of(optimizer)
+    watch(optimizer)
+    snapshots, launches = [], 0
+    for t in range(4):
+        for number, param in enumerate(params):
+            grad = values(param.numel(), dtype, number + t, device)
+            param.grad = grad.as_strided(param.shape, param.stride(), grad.storage_offset())
+            if (number + t) % 5 == 0:
+                param.grad = None
+        if t == 1:
+            for state in optimizer.state.values():
+                state.update({name: state[name].to(state_dtype) for name in row.slots if state.get(name) is not None})
+        optimizer.step()
+        snapshots.append(snapshot(optimizer))
+        alike = set()  # the states in use and their dtypes
+        for param in params:
+            if param.grad is not None and param.numel():
+                state = optimizer.state.get(param, {})
+                alike.add(tuple((name, state[name].dtype) for name in row.slots if state.get(name) is not None))
+        launches += len(alike)
+    return snapshots, launches
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(dtype)[6:] for dtype in dtypes))
+@every_row
+def test_bits_of_the_cpp_backend(row, dtypes):
+    """On sm_80 and sm_90, in one launch for each set of states in use, which touches nothing but the step's tensors."""
+
+    def allow_only_its_tensors(optimizer):
+        """When a kernel is launched."""
+
+        def launch(*arguments):
+            ranges = stand_in.options["ranges"] = [bucket.buffer for bucket in buckets(optimizer)]
+            for param in params_of(optimizer):
+                if param.grad is not None:
+                    ranges += [param, param.grad]
+                    ranges += [x for x in optimizer.state.get(param, {}).values() if isinstance(x, torch.Tensor)]
+            driver.Driver.launch(stand_in, *arguments)
+
+        stand_in.launch = launch
+
+    for constructor in constructor_options(row):
+        expected, launches = drive_table(row, *dtypes, constructor)
+        for arch in (80, 90):
+            with triton_serves_cpu_tensors(arch) as stand_in:
+                actual, _ = drive_table(row, *dtypes, constructor, watch=allow_only_its_tensors)
+            assert_same_bits(actual, expected, f"{row.name} sm_{arch} {constructor}")
+            assert len(stand_in.launches) == launches
+
+
+@every_row
+def test_plan_follows_changes(row, gpu):
+    """Parameters added, replaced and removed, state loaded and in another dtype, groups reordered: as on the CPU."""
+
+    def steps():
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size)) for size in (5, CHUNK + 3, 64)]
+        optimizer = row.ours([{"params": params[:2]}, {"params": params[2:], "lr": 0.3}], **row.plain)
+        found = []
+
+        def step():
+            for param in params_of(optimizer):
+                param.grad = torch.randn(param.shape, dtype=param.dtype)
+            optimizer.step()
+            found.append(snapshot(optimizer))
+
+        step()
+        step()
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.randn(3 * CHUNK)) for _ in range(20)]})
+        step()
+        added = [torch.nn.Parameter(torch.randn(33)), torch.nn.Parameter(torch.randn(9).bfloat16())]
+        optimizer.add_param_group({"params": added, "weight_decay": 0.2})
+        step()
+        replaced = optimizer.param_groups[0]["params"][0]
+        optimizer.param_groups[0]["params"][0] = replacement = torch.nn.Parameter(torch.randn(5))
+        optimizer.state[replacement] = optimizer.state.pop(replaced)
+        step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.param_groups.reverse()
+        step()
+        del optimizer.param_groups[1]["params"][3:]
+        step()
+        last = optimizer.param_groups[0]["params"][1]  # the bfloat16 one
+        optimizer.state[last].update({name: optimizer.state[last][name].float() for name in row.slots})
+        step()
+        return found
+
+    actual = steps()
+    fastopt._C.set_gpu_type("cuda")
+    assert_same_bits(actual, steps(), row.name)
+    assert gpu.launches
+
+
+# ---- what a step sends to the GPU
+
+
+def scaled_down(workload):
+    return [[tuple(-(-size // 16) for size in shape) for shape in group] for group in workload.groups]
+
+
+def of_workload(row, name):
+    """An optimizer of a benchmark's shapes, each dimension a 16th, in two groups if the workload has one."""
+    shapes = scaled_down(WORKLOADS[name])
+    if len(shapes) == 1:  # with and without weight decay
+        shapes = [[shape for shape in shapes[0] if len(shape) > 1], [shape for shape in shapes[0] if len(shape) < 2]]
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(shape)) for shape in group]} for group in shapes]
+    for number, group in enumerate(groups):
+        group["weight_decay"] = 0.1 / (1 + number)
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    return row.ours(groups, **row.plain)
+
+
+@pytest.mark.parametrize("workload, tensors, groups", [("gpt2", 148, 2), ("465 groups", 465, 465)])
+@every_row
+def test_one_launch_per_step(row, workload, tensors, groups, idle_gpu):
+    optimizer = of_workload(row, workload)
+    params = params_of(optimizer)
+    assert len(params) == tensors and len(optimizer.param_groups) == groups
+    for t in range(3):
+        optimizer.step()
+        assert len(idle_gpu.launches) == t + 1
+    assert idle_gpu.launches[-1].grid == (sum(-(-param.numel() // CHUNK) for param in params), 1, 1)
+
+
+@every_row
+def test_one_program_for_each_chunk(row, idle_gpu):
+    """Work has each chunk of each tensor once, the table the tensors' addresses, scalars a row for each group."""
+    optimizer = of_workload(row, "465 groups")
+    params = [torch.nn.Parameter(torch.zeros(size)) for size in (5, 3 * CHUNK, 2 * CHUNK + 1)]
+    optimizer.add_param_group({"params": params})
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    (bucket,) = buckets(optimizer)
+    module = sys.modules[f"fastopt.kernels.{row.module}"]
+    ((_, programs, table_at, scalars_at, *_),) = fastopt._C.step(optimizer)
+    words = bucket.buffer.tolist()
+    table = [words[at : at + 4 + len(module.SLOTS)] for at in range(table_at, scalars_at, 4 + len(module.SLOTS))]
+    chunks = [(number, at) for number, p in enumerate(params_of(optimizer)) for at in range(-(-p.numel() // CHUNK))]
+    assert sorted(words[:programs]) == [number << 32 | at for number, at in chunks]
+    for number, (param, line) in enumerate(zip(params_of(optimizer), table, strict=True)):
+        state = [optimizer.state[param][name].data_ptr() for name in module.SLOTS]
+        assert line == [param.numel(), min(number, 465), param.data_ptr(), param.grad.data_ptr(), *state]
+
+
+@every_row
+def test_lr_changes_and_growing_steps_compile_nothing(row, monkeypatch):
+    """Triton is asked for a kernel, compiled or from its cache, in the first step only."""
+    asked = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *_, **__: asked.append(1) and None)
+    with triton_serves_cpu_tensors(arch=86, execute=False):  # which no other test has a kernel for
+        optimizer = of_workload(row, "465 groups")
+        optimizer.step()
+        assert len(asked) == (row.name != "AdamW")  # whose kernel is Adam's
+        for t in range(100):
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.9 + 0.001 * t
+            optimizer.step()
+    assert len(asked) == (row.name != "AdamW")
+
+
+@every_row
+def test_only_changes_are_uploaded(row, idle_gpu):
+    optimizer = of_workload(row, "gpt2")
+    params = params_of(optimizer)
+    module = sys.modules[f"fastopt.kernels.{row.module}"]
+    columns, rows_of_scalars = 4 + len(module.SLOTS), 2
+    scalars = rows_of_scalars * len(module.SCALARS) * 4 // 8
+
+    def uploaded():
+        before = bucket.uploads, bucket.uploaded_words
+        optimizer.step()
+        return bucket.uploads - before[0], bucket.uploaded_words - before[1]
+
+    optimizer.step()
+    (bucket,) = buckets(optimizer)
+    programs = sum(-(-param.numel() // CHUNK) for param in params)
+    assert (bucket.uploads, bucket.uploaded_words) == (1, programs + len(params) * columns + scalars)
+    uploaded()  # without momentum's first step
+    uploads, words = uploaded()
+    counts_steps = row.name in ("Adam", "AdamW", "Adagrad")  # their scalars depend on the step
+    assert uploads == counts_steps and words <= scalars
+    assert (words > 0) == counts_steps
+    params[-1].grad = params[-1].grad.clone()
+    assert uploaded() <= (1, columns + scalars)
+    params[-3].grad = params[-3].grad.clone()
+    assert (1, columns) <= uploaded() <= (1, 3 * columns + scalars)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    uploads, words = uploaded()
+    assert uploads == 1 and 0 < words <= scalars
+
+
+@every_row
+def test_second_step_allocates_nothing(row, idle_gpu):
+    """Neither in C++ nor on the device nor page-locked, with other gradients and learning rates either."""
+    optimizer = of_workload(row, "gpt2")
+    params = params_of(optimizer)
+    optimizer.step()
+    optimizer.step()
+    (bucket,) = buckets(optimizer)
+    counters, buffer, staging = fastopt._C.counters(), bucket.buffer, list(bucket.staging)
+    for t in range(10):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.param_groups[t % 2]["lr"] *= 0.9
+        optimizer.step()
+    assert fastopt._C.counters() == counters
+    assert bucket.buffer is buffer and list(bucket.staging) == staging and len(staging) == 1
+    idle_gpu.launches.clear()
+    before = sys.getallocatedblocks()
+    for _ in range(200):
+        optimizer.step()
+        idle_gpu.launches.clear()
+    assert sys.getallocatedblocks() - before < 50
+
+
+def test_memory_that_a_copy_may_still_read_is_not_written(gpu, monkeypatch):
+    """As long as a staging buffer is not free it keeps what it holds; another one is taken, and later used again."""
+    reading = []
+    monkeypatch.setattr(backend.Staging, "free", lambda staging: staging not in reading)
+
+    def step():
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+        before = [(staging, staging.memory.clone()) for staging in reading]
+        optimizer.step()
+        assert all(torch.equal(staging.memory, content) for staging, content in before)
+
+    param = torch.nn.Parameter(torch.ones(40))
+    optimizer = fastopt.Adam([param], lr=0.1)
+    param.grad = torch.full_like(param, 0.5)
+    optimizer.step()
+    (bucket,) = buckets(optimizer)
+    (first,) = bucket.staging
+    reading.append(first)
+    step()
+    (_, second) = bucket.staging
+    reading.append(second)
+    step()
+    assert len(bucket.staging) == 3
+    reading.remove(first)
+    content = first.memory.clone()
+    step()
+    assert len(bucket.staging) == 3 and not torch.equal(first.memory, content)
+    param.grad = param.grad.clone()  # a larger upload, and the second buffer is still in use
+    step()
+    assert len(bucket.staging) == 4
+
+    other = torch.nn.Parameter(torch.ones(40))
+    on_cpu = fastopt.Adam([other], lr=0.1)
+    other.grad = param.grad
+    fastopt._C.set_gpu_type("cuda")
+    for _ in range(5):
+        on_cpu.step()
+        on_cpu.param_groups[0]["lr"] *= 0.9
+    assert_same_bits(param, other)
+
+
+# ---- what is refused, and what is torch's
+
+
+def stepped(row, count=3):
+    params = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(count)]
+    optimizer = row.ours(params, **row.plain)
+    for param in params:
+        param.grad = torch.randn(4, 3)
+    optimizer.step()
+    return optimizer, params
+
+
+@every_row
+def test_state_elsewhere_is_refused(row, gpu):
+    optimizer, params = stepped(row)
+    slot = row.slots[0]
+    kept, before, launches = optimizer.state[params[1]][slot], snapshot(optimizer), len(gpu.launches)
+    optimizer.state[params[1]][slot] = kept.to("meta")
+    with pytest.raises(RuntimeError, match=rf"state\['{slot}'\] of parameter 1 of param group 0 is on meta"):
+        optimizer.step()
+    optimizer.state[params[1]][slot] = kept
+    assert_same_bits(snapshot(optimizer), before, row.name)
+    assert len(gpu.launches) == launches
+
+
+def other_strides(optimizer, params):
+    params[1].grad = torch.randn(3, 4).t()
+
+
+def shared_memory(optimizer, params):
+    params[1].data = params[0].data
+    params[1].grad = torch.randn(4, 3)
+
+
+def complex_parameter(optimizer, params):
+    added = torch.nn.Parameter(torch.randn(3, dtype=torch.complex64))
+    added.grad = torch.randn(3, dtype=torch.complex64)
+    optimizer.add_param_group({"params": [added]})
+
+
+def states_of_unlike_dtypes(optimizer, params):
+    for name, value in optimizer.state[params[1]].items():
+        if name not in ("step", "exp_avg", "square_avg") and value is not None:
+            optimizer.state[params[1]][name] = value.bfloat16()
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (other_strides, "on a GPU, a parameter, its gradient and state differ in strides"),
+        (shared_memory, "on a GPU, parameters share memory"),
+        (complex_parameter, "a parameter is complex"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@every_row
+def test_steps_left_to_torch_are_listed(row, change, reason, gpu):
+    """They are torch's, and backend_info() says how many and why."""
+
+    def step(make):
+        torch.manual_seed(0)
+        optimizer, params = stepped(row)
+        kind = make(optimizer)
+        change(kind, params)
+        kind.step()
+        return snapshot(kind)
+
+    def torchs(optimizer):
+        theirs = row.theirs(params_of(optimizer), **row.plain, foreach=None)
+        theirs.load_state_dict(optimizer.state_dict())
+        return theirs
+
+    expected = step(torchs)
+    launches, key = len(gpu.launches), f"{row.name}: {reason}"
+    count = fastopt.backend_info()["torch_steps"].get(key, 0)
+    actual = step(lambda optimizer: optimizer)
+    assert fastopt.backend_info()["torch_steps"][key] == count + 1
+    assert len(gpu.launches) == launches + 1  # before the change
+    assert_same_bits(actual, expected, row.name)
+
+
+def test_states_of_unlike_dtypes_are_torchs(gpu):
+    row = next(row for row in ROWS if row.name == "Adam")
+    optimizer, params = stepped(row)
+    states_of_unlike_dtypes(optimizer, params)
+    key = "Adam: on a GPU, the state tensors of a parameter differ in dtype"
+    count = fastopt.backend_info()["torch_steps"].get(key, 0)
+    with contextlib.suppress(RuntimeError):  # torch's lerp may refuse them
+        optimizer.step()
+    assert fastopt.backend_info()["torch_steps"].get(key, 0) == count + 1
+
+
+@every_row
+def test_capture_is_refused(row, gpu, monkeypatch):
+    """A graph would replay this step's scalars for ever: torch's error, at a first step and later; nothing changed."""
+    optimizer, params = stepped(row)
+    before, launches = snapshot(optimizer), len(gpu.launches)
+    new = torch.nn.Parameter(torch.ones(3))
+    first = row.ours([new], **row.plain)
+    entries = len(first.state)
+    new.grad = torch.ones(3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(backend.Gpu, "_on_cuda", True, raising=False)
+    monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+    with pytest.raises(RuntimeError, match=f"capture of step.. for an instance of {row.name} but .* is False"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before, row.name)
+    monkeypatch.setattr(fastopt._C, "gpu_type", lambda: "cuda")
+    with pytest.raises(RuntimeError, match="capturable is False"):
+        first.step()
+    assert torch.equal(new.detach(), torch.ones(3)) and len(first.state) == entries and first._gpu is None
+    assert len(gpu.launches) == launches
+
+
+WITHOUT_TRITON = """
+import sys, torch, fastopt
+assert "triton" not in sys.modules, "import fastopt imports triton"
+sys.modules["triton"] = None  # as if it were not installed; torch.optim's constructors try to import it
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+optimizer = fastopt.Adam([param], lr=0.1)
+optimizer.step()
+assert not any(name.startswith(("fastopt.gpu", "fastopt.kernels")) for name in sys.modules)
+
+fastopt._C.set_gpu_type("cpu")
+before = param.detach().clone(), {name: value.clone() for name, value in optimizer.state[param].items()}
+new = torch.nn.Parameter(torch.ones(3))
+new.grad = torch.ones(3)
+first = fastopt.Adam([new])
+for kind in (optimizer, first, optimizer):
+    try:
+        kind.step()
+    except ImportError as error:
+        assert "package `triton` is not installed: pip install triton" in str(error), error
+    else:
+        raise AssertionError("stepped without triton")
+assert torch.equal(param, before[0]) and torch.equal(new, torch.ones(3)) and not first.state
+assert all(torch.equal(optimizer.state[param][name], value) for name, value in before[1].items())
+fastopt._C.set_gpu_type("cuda")
+optimizer.step()
+assert optimizer.state[param]["step"] == 2
+print("done")
+"""
+
+
+def python(*arguments, **environment):
+    command, env = [sys.executable, *arguments], {**os.environ, **environment}
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_triton_is_wanted_for_gpu_tensors_only():
+    """Without it a step of GPU tensors names the package and changes nothing; on the CPU it is never imported."""
+    done = python("-c", WITHOUT_TRITON)
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_benchmark_without_a_gpu_says_so(tmp_path):
+    done = python("-m", "bench.gpu", "--json", str(tmp_path / "results.json"))
+    assert done.returncode != 0 and "no CUDA or ROCm device" in done.stderr and not done.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,213 @@
+"""What needs a GPU, and is skipped without: the table of test_gpu.py on real tensors, devices, streams and graphs."""
+
+import pytest
+import torch
+
+import fastopt
+
+from .optimizers import ROWS
+from .reference import assert_same_bits
+from .test_gpu import CHUNK, DTYPES, constructor_options, drive_table, params_of
+
+pytestmark = pytest.mark.gpu
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+capturable_rows = pytest.mark.parametrize(
+    "row", [row for row in ROWS if "capturable" in row.theirs([torch.zeros(1)]).defaults], ids=lambda row: row.name
+)
+
+SIZES = (3, CHUNK + 1, 40, 100_003)
+
+
+def contents(optimizer):
+    """Copies on the CPU of each parameter and its state."""
+    found = []
+    for param in params_of(optimizer):
+        state = {name: value for name, value in optimizer.state.get(param, {}).items() if value is not None}
+        found.append({name: value.detach().cpu().clone() for name, value in {"param": param, **state}.items()})
+    return found
+
+
+def optimizers_on(row, *placements, **options):
+    """For each placement, a device for each of SIZES, an optimizer in two groups with the same values."""
+    start = [torch.randn(size) for size in SIZES]
+    made = []
+    for devices in placements:
+        params = [torch.nn.Parameter(value.to(device)) for value, device in zip(start, devices, strict=True)]
+        groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.03}]
+        made.append(row.ours(groups, **row.plain, **options))
+    return made
+
+
+def set_grads(*optimizers):
+    for params in zip(*map(params_of, optimizers), strict=True):
+        grad = torch.randn(params[0].shape)
+        for param in params:
+            param.grad = grad.to(param.device)
+
+
+CPU, CUDA = ("cpu",) * len(SIZES), ("cuda",) * len(SIZES)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(dtype)[6:] for dtype in dtypes))
+@every_row
+def test_bits_of_the_cpp_backend(row, dtypes):
+    """Every combination of options: odd sizes, tensors that are not aligned, missing gradients, unlike step counts."""
+    for constructor in constructor_options(row):
+        expected, _ = drive_table(row, *dtypes, constructor)
+        actual, _ = drive_table(row, *dtypes, constructor, "cuda")
+        for snapshot in actual:
+            for key, value in snapshot.items():
+                if isinstance(value, tuple):
+                    snapshot[key] = value[0], value[1].cpu()
+        assert_same_bits(actual, expected, f"{row.name} {constructor}")
+    assert not any(reason.startswith(row.name) and "GPU" in reason for reason in fastopt.backend_info()["torch_steps"])
+
+
+@every_row
+def test_cpu_and_gpu_parameters_in_one_optimizer(row):
+    expected, mixed = optimizers_on(row, CPU, ("cuda", "cpu", "cuda", "cpu"))
+    for _ in range(4):
+        set_grads(expected, mixed)
+        expected.step()
+        mixed.step()
+        assert_same_bits(contents(mixed), contents(expected), row.name)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@every_row
+def test_parameters_on_two_gpus(row):
+    """Whichever device is the current one; it stays the current one."""
+    expected, spread = optimizers_on(row, CPU, ("cuda:0", "cuda:1", "cuda:1", "cuda:0"))
+    for t in range(4):
+        set_grads(expected, spread)
+        expected.step()
+        with torch.cuda.device(t % 2):
+            spread.step()
+            assert torch.cuda.current_device() == t % 2
+        assert_same_bits(contents(spread), contents(expected), row.name)
+
+
+@every_row
+def test_steps_are_queued_without_waiting(row):
+    """On a stream of the user's that is busy all the while: no synchronisation, and each step has its own scalars."""
+    expected, ours = optimizers_on(row, CPU, CUDA)
+    set_grads(expected, ours)
+    expected.step()
+    ours.step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(500_000_000)  # a fifth of a second or more
+            for t in range(10):
+                for optimizer in (expected, ours):
+                    optimizer.param_groups[t % 2]["lr"] *= 0.7
+                    optimizer.step()
+            busy = not stream.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert busy
+    stream.synchronize()
+    assert_same_bits(contents(ours), contents(expected), row.name)
+
+
+@every_row
+def test_capture_raises(row):
+    """torch's error, and nothing has changed."""
+    (optimizer,) = optimizers_on(row, CUDA)
+    set_grads(optimizer)
+    optimizer.step()
+    before = contents(optimizer)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(RuntimeError, match="CUDA graph capture of step.* capturable is False"):
+            optimizer.step()
+    assert_same_bits(contents(optimizer), before, row.name)
+    optimizer.step()
+    assert not torch.equal(contents(optimizer)[1]["param"], before[1]["param"])
+
+
+@capturable_rows
+def test_capturable_in_a_graph(row):
+    """capturable=True is torch's own step: replays do as torch.optim's replays."""
+    results = []
+    for make in (row.ours, row.theirs):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size, device="cuda")) for size in SIZES]
+        optimizer = make(params, **row.plain, capturable=True)
+        for param in params:
+            param.grad = torch.randn_like(param)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        before = contents(optimizer)
+        for _ in range(4):
+            for param in params:
+                param.grad.normal_()
+            graph.replay()
+        results.append(contents(optimizer))
+        assert all(state["step"] == 7 for state in results[-1])
+        assert not torch.equal(results[-1][1]["param"], before[1]["param"])
+    assert_same_bits(*results, row.name)
+
+
+@every_row
+def test_gradient_on_another_device_is_refused(row):
+    (optimizer,) = optimizers_on(row, CUDA)
+    set_grads(optimizer)
+    optimizer.step()
+    before, param = contents(optimizer), params_of(optimizer)[2]
+    on_gpu, param.grad = param.data, None
+    param.data = on_gpu.cpu()
+    param.grad = torch.ones_like(param)
+    param.data = on_gpu
+    assert param.is_cuda and not param.grad.is_cuda
+    with pytest.raises(RuntimeError, match="grad of parameter 1 of param group 1 is on cpu, the parameter on cuda"):
+        optimizer.step()
+    assert_same_bits(contents(optimizer), before, row.name)
+
+
+@every_row
+def test_checkpoint_moves_between_devices(row):
+    """State saved on the GPU is loaded on the CPU, and the other way, and steps go on with the same bits."""
+    expected, ours = optimizers_on(row, CPU, CUDA)
+    for _ in range(2):
+        set_grads(expected, ours)
+        expected.step()
+        ours.step()
+    again, back = optimizers_on(row, CUDA, CPU)
+    for optimizer, source in ((again, expected), (back, ours)):
+        optimizer.load_state_dict(source.state_dict())
+        with torch.no_grad():
+            for param, other in zip(params_of(optimizer), params_of(source), strict=True):
+                param.copy_(other)
+    set_grads(expected, ours, again, back)
+    for optimizer in (expected, ours, again, back):
+        optimizer.step()
+        assert_same_bits(contents(optimizer), contents(expected), row.name)
+
+
+@every_row
+def test_two_launches_of_a_step_with_two_dtypes(row):
+    """The profiler sees one kernel for each dtype and no synchronisation."""
+    params = [torch.nn.Parameter(torch.randn(size, device="cuda")) for size in SIZES]
+    params += [torch.nn.Parameter(torch.randn(size, device="cuda", dtype=torch.bfloat16)) for size in SIZES]
+    optimizer = row.ours(params, **row.plain)
+    set_grads(optimizer)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    assert sum("multi_tensor_update" in event.name for event in profile.events()) == 2
