@@ -16,6 +16,7 @@ import torch
 import torch.autograd.profiler as profiler
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
@@ -152,6 +153,8 @@ class FusedStep(_Base):
             RuntimeError: a gradient, parameter or state tensor cannot be stepped (shape, dtype, device); nothing was changed.
             KeyError: state of a parameter is incomplete; nothing was changed.
         """
+        if is_dynamo_compiling():
+            return _untraced_step(self, closure)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -258,6 +261,7 @@ class FusedStep(_Base):
 
 
 _step_with_hooks = Optimizer.profile_hook_step(FusedStep._step)
+_untraced_step = _disable_dynamo(FusedStep.step)  # not step itself: that would cost every step of a small model 1 us
 
 if _C is None:
     delattr(FusedStep, "step")  # without the extension, torch's own is inherited
