@@ -34,7 +34,7 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
 
     Differs from torch.optim.Adagrad: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
-    float32 and rounded once; state keeps its dtype when it is loaded; ``foreach`` and ``fused`` choose nothing.
+    float32 and rounded once; loaded state keeps its dtype (not float64); ``foreach`` and ``fused`` choose nothing.
 
     Raises:
         ValueError: an argument is out of range, or ``params`` is empty.

@@ -54,7 +54,7 @@ class Adam(_AdamState, torch.optim.Adam):
         decoupled_weight_decay: shrink the parameter instead of changing the gradient, which is AdamW. Default False.
 
     Differs from torch.optim.Adam: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
-    float32 and rounded once; state keeps its dtype when it is loaded; ``foreach`` and ``fused`` choose nothing.
+    float32 and rounded once; loaded state keeps its dtype (not float64); ``foreach`` and ``fused`` choose nothing.
 
     Raises:
         ValueError: an argument is out of range, or ``params`` is empty.
@@ -103,7 +103,7 @@ class AdamW(_AdamState, torch.optim.AdamW):
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
 
     Differs from torch.optim.AdamW: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
-    float32 and rounded once; state keeps its dtype when it is loaded; ``foreach`` and ``fused`` choose nothing.
+    float32 and rounded once; loaded state keeps its dtype (not float64); ``foreach`` and ``fused`` choose nothing.
 
     Raises:
         ValueError: an argument is out of range, or ``params`` is empty.

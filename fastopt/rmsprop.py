@@ -41,7 +41,7 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
 
     Differs from torch.optim.RMSprop: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
-    float32 and rounded once; state keeps its dtype when it is loaded; ``foreach`` chooses nothing.
+    float32 and rounded once; loaded state keeps its dtype (not float64); ``foreach`` chooses nothing.
 
     Raises:
         ValueError: an argument is out of range, or ``params`` is empty.

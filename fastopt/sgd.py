@@ -34,8 +34,8 @@ class SGD(FusedStep, torch.optim.SGD):
         foreach, fused: as in torch.optim; the fused step runs whatever they say. Default None.
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
 
-    Differs from torch.optim.SGD: bfloat16 and float16 parameters are stepped in float32 and rounded once; state
-    keeps its dtype when it is loaded; ``foreach`` and ``fused`` choose nothing.
+    Differs from torch.optim.SGD: bfloat16 and float16 parameters are stepped in float32 and rounded once;
+    loaded state keeps its dtype (not float64); ``foreach`` and ``fused`` choose nothing.
 
     Raises:
         ValueError: an argument is out of range, nesterov has no momentum, or ``params`` is empty.
