@@ -91,12 +91,11 @@ def snapshot(optimizer):
     counter = itertools.count()
     for group in optimizer.param_groups:
         for index, param in zip(group.get("param_names", counter), group["params"], strict=False):
-            entries = {"param": param, **optimizer.state.get(param, {})}
-            for name, value in entries.items():
+            for name, value in (("param", param), *optimizer.state.get(param, {}).items()):
                 if isinstance(value, torch.Tensor):
                     shapes, parts = found.setdefault((name, value.dtype), ([], []))
                     shapes.append((index, value.shape))
-                    parts.append(value.reshape(-1))
+                    parts.append(value if value.dim() == 1 else value.reshape(-1))
                 elif value is not None:  # as SGD without momentum may have it
                     found.setdefault(name, []).append((index, value))
     return {key: (value[0], torch.cat(value[1])) if isinstance(value, tuple) else value for key, value in found.items()}

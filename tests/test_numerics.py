@@ -36,16 +36,15 @@ def special_values(dtype):
     return torch.tensor([*positive, *(-x for x in positive), math.nan, 0.1], dtype=torch.float64).to(dtype)
 
 
-def problem(dtype, steps=12, shapes=((), (7,), (0,), (5, 13))):
-    """Parameters, and gradients for each step: missing now and then, magnitudes apart, every pair of special values."""
+def problem(dtype):
+    """Parameters, and gradients for 12 steps: missing now and then, magnitudes apart, every pair of special values."""
     special = special_values(dtype)
-    params = [normal(*shape, dtype=dtype) * 10 ** (index - 2) for index, shape in enumerate(shapes)]
-    params += [special.repeat_interleave(len(special)), normal(3, dtype=dtype)]
+    params = [normal(dtype=dtype), normal(3, 7, dtype=dtype) * 0.01, special.repeat_interleave(len(special))]
     grads_per_step = []
-    for t in range(steps):
+    for t in range(12):
         grads = [normal(*p.shape, dtype=dtype) * 10 ** (t % 5 - 2) for p in params]
-        grads[-2] = special.roll(t).repeat(len(special))
-        missing = range(len(params)) if t == 3 else (t % len(params), (t + 3) % len(params), len(params) - 1)
+        grads[-1] = special.roll(t).repeat(len(special))
+        missing = range(len(params)) if t == 3 else (t % 5,)
         grads_per_step.append([None if index in missing else grad for index, grad in enumerate(grads)])
     return params, grads_per_step
 
@@ -126,6 +125,8 @@ def test_every_combination_of_options(row, dtype):
     """All of the table and all that torch's own tests list, each combination a param group of one optimizer."""
     values, grads_per_step = problem(dtype)
     combinations = [*row.combinations(), *row.listed_by_torch()]
+    if dtype in (torch.bfloat16, torch.float16):  # computed with the scalars of float32
+        combinations = [options for options in combinations if numbers_only(options)]
     optimizers = {}  # by the options that count in the constructor alone
     for options in combinations:
         key = (promotes(options), *((name, options[name]) for name in row.constructor_only if name in options))
@@ -152,7 +153,7 @@ def test_a_million_elements(row):
         *(normal(30_001, dtype=dtype) for dtype in DTYPES),
         normal(211, 509).t(),  # its gradient is contiguous
     ]
-    grads_per_step = [[normal(*p.shape, dtype=p.dtype) for p in params] for _ in range(12)]
+    grads_per_step = [[normal(*p.shape, dtype=p.dtype) for p in params] for _ in range(6)]
     check(row, row.plain, params, grads_per_step, threads=(2,))
 
 
@@ -188,7 +189,7 @@ def test_every_layout_of_param_grad_and_state(row, dtype):
         for layouts in itertools.product(LAYOUTS, repeat=3)
     ]
     values = [normal(*shape, dtype=dtype) for shape, *_ in cases]
-    grads_per_step = [[normal(*v.shape, dtype=dtype) for v in values] for _ in range(4)]
+    grads_per_step = [[normal(*v.shape, dtype=dtype) for v in values] for _ in range(3)]
     expected = run(row.make_reference(row.plain), values, grads_per_step, reference.step)
 
     params = [torch.nn.Parameter(with_layout(case[1], value)) for case, value in zip(cases, values, strict=True)]

@@ -124,8 +124,10 @@ def step_missing(optimizer, param):
 
 
 def step_that_is_no_number(optimizer, param):
+    """Found out when state has been made for the first parameter, which has none any more."""
     if "step" in optimizer.state[param]:
         optimizer.state[param]["step"] = "three"
+        del optimizer.state[optimizer.param_groups[0]["params"][0]]
 
 
 def state_that_is_no_dict(optimizer, param):
