@@ -1,4 +1,4 @@
-"""torch.compile around a step: the numbers of the uncompiled training step, no recompilation when hyper-parameters change.
+"""torch.compile around a step: the uncompiled numbers, and no recompilation when hyper-parameters change.
 
 The step itself is not traced: it is one call into C++ or one launch already, and runs between the compiled parts.
 """
@@ -50,7 +50,7 @@ def training(row, compile_with, steps, lr_of=lambda t: 0.1 / (t + 1)):
 
 @every_row
 def test_same_numbers_and_no_recompilation(row):
-    """The graphs run as they are (aot_eager), so the numbers are the same; 50 values of lr compile nothing after the first."""
+    """The graphs run as they are (aot_eager), so the numbers are the same; 50 more values of lr compile nothing."""
     counter = CompileCounterWithBackend("aot_eager")
     graphs = []
 
