@@ -6,7 +6,9 @@ can show is in test_gpu_hardware.py.
 
 import contextlib
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -525,3 +527,14 @@ def test_benchmark_without_a_gpu_says_so(tmp_path):
     done = python("-m", "bench.gpu", "--json", str(tmp_path / "results.json"))
     assert done.returncode != 0 and "no CUDA or ROCm device" in done.stderr and not done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler to build the stub with")
+def test_host_benchmark_runs(tmp_path):
+    done = python("-m", "bench.gpu_host", "--quick", "--json", str(tmp_path / "results.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [result["tensors"] for result in results] == [148, 291, 1000]
+    assert all(result["ratio"]["fused"]["median"] > 1 for result in results)

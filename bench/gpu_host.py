@@ -1,0 +1,85 @@
+"""The host's time of a step of GPU tensors, without a GPU: Triton's real launcher on a stub libcuda that does nothing.
+
+    python -m bench.gpu_host [--quick] [--json FILE]
+
+fastopt's step is the whole of it, with every check and the scalars' upload as a copy in main memory; what a driver
+would add for a copy, an event and a launch is missing. torch's steps have empty tensors, so that their kernels are
+missing too: fused as it is, foreach as on CUDA, where it is the default. What they launch on a GPU, one launch or more
+for about fifty tensors, is missing as well.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .candidates import OPTIMIZERS, make_torch
+from .measure import FULL, QUICK, compare_times, environment, interleave
+from .report import duration, environment_text, table, times
+from .run import save
+
+COUNTS = (148, 291, 1000)  # GPT-2, Llama-7B, many small ones
+
+
+def steps(optimizer: str, tensors: int) -> dict[str, Any]:
+    """A step of fastopt on tensors that it takes for a GPU's, and torch's on as many without elements."""
+    import fastopt
+
+    row, groups = OPTIMIZERS[optimizer], {}
+    for name, size in (("fastopt", 256), ("fused", 0), ("foreach", 0)):
+        params = [torch.nn.Parameter(torch.zeros(size)) for _ in range(tensors)]
+        for param in params:
+            param.grad = torch.zeros(size)
+        groups[name] = [{"params": params[: tensors // 2]}, {"params": params[tensors // 2 :], "lr": 2e-3}]
+    return {
+        "fastopt": getattr(fastopt, row.name)(groups["fastopt"], **row.options).step,
+        "fused": make_torch(fused=True)(row, groups["fused"], torch.float32).step,
+        "foreach": make_torch(foreach=True)(row, groups["foreach"], torch.float32).step,
+    }
+
+
+def main() -> int:
+    if torch.cuda.is_available():
+        raise SystemExit("bench.gpu_host is for machines without a GPU; here, bench.gpu has the host's time")
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="less time")
+    options.add_argument("--optimizer", choices=[name for name in OPTIMIZERS if name != "RMSprop"], default="Adam")
+    options.add_argument("--json", type=Path, help="write the results here")
+    arguments = options.parse_args()
+    torch.set_num_threads(1)
+
+    import fastopt
+    from tests.tools import stub_driver
+
+    document: dict[str, Any] = {"environment": environment(), "results": []}
+    print(environment_text(document["environment"]))
+    lines = []
+    with stub_driver.installed():
+        fastopt._C.set_gpu_type("cpu")
+        for tensors in COUNTS:
+            measured = steps(arguments.optimizer, tensors)
+            nothing = {name: partial(int) for name in measured}
+            result = compare_times(interleave(measured, QUICK if arguments.quick else FULL, nothing))
+            document["results"].append({"optimizer": arguments.optimizer, "tensors": tensors} | result)
+            seconds, ratio = result["seconds"], result["ratio"]
+            lines.append(
+                (
+                    str(tensors), duration(seconds["fastopt"]["median"]), duration(seconds["fastopt"]["q20"]),
+                    *(duration(seconds[name]["median"]) for name in ("fused", "foreach")),
+                    *(times(ratio[name]["median"]) for name in ("fused", "foreach")),
+                )
+            )  # fmt: skip
+        fastopt._C.set_gpu_type("cuda")
+    save(arguments.json, document)
+    print(f"{arguments.optimizer}, two groups, host time of a step\n")
+    print(table(("tensors", "fastopt", "(20 %)", "fused", "foreach", "fused/fastopt", "foreach/fastopt"), lines))
+    wrong = fastopt.backend_info()["torch_steps"]
+    if wrong:
+        print(f"torch's own step ran: {wrong}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
