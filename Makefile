@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-TRITON ?= triton==3.9.0
+# torch's CUDA builds ask for one version of Triton, its CPU builds for none; there is none for macOS
+TRITON ?= $(if $(filter Darwin,$(shell uname)),,triton>=3.6,<3.10)
 CXX ?= g++
 PY := $(VENV)/bin/python
 CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -pthread
@@ -13,7 +14,7 @@ CORE_DEPS := $(CORE) csrc/core.h csrc/apply.h csrc/optimizers.h
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup demo test pytest test-long lint native native-arm bench bench-quick bench-gpu clean
+.PHONY: help setup setup-arm demo test pytest test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,7 +24,7 @@ help:  ## this list
 $(VENV)/tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja numpy "$(TORCH)" "$(TRITON)"
+	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja numpy "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 	touch $@
 
 $(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*)
@@ -31,6 +32,9 @@ $(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*)
 	touch $@
 
 setup: $(VENV)/installed  ## a virtual environment in .venv with torch, triton and fastopt
+
+setup-arm:  ## what native-arm needs, on Debian and Ubuntu
+	sudo apt-get update -q && sudo apt-get install -yq g++-aarch64-linux-gnu qemu-user
 
 # ---- the main job
 
@@ -75,6 +79,24 @@ bench-quick: setup  ## the same in a minute
 	$(PY) -m bench.run --quick
 bench-gpu: setup  ## on a machine with a GPU: correctness, then speed
 	$(PY) -m bench.gpu
+bench-compare: setup  ## what got slower from OLD=a.json to NEW=b.json
+	$(PY) -m bench.compare $(OLD) $(NEW)
+
+# ---- documentation, wheels
+
+docs: build/docs/installed  ## the site, in build/site; fails at a broken link
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict
+build/docs/installed:
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --quiet "mkdocs-material==9.*"
+	touch $@
+
+wheels: build/wheels/installed  ## wheels for every supported Python and this TORCH, in dist; needs Docker on Linux
+	TORCH="$(TORCH)" CIBW_TEST_REQUIRES="$(TORCH)" build/wheels/bin/cibuildwheel --output-dir dist
+build/wheels/installed:
+	$(PYTHON) -m venv build/wheels
+	build/wheels/bin/python -m pip install --quiet "cibuildwheel==3.*"
+	touch $@
 
 clean:
 	rm -rf build dist *.egg-info fastopt/_C.*.so .venv

@@ -4,7 +4,11 @@ import os
 import shutil
 import sys
 
+import setuptools
 from setuptools import setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"fastopt: setuptools {setuptools.__version__} is too old to build it; pip install 'setuptools>=77'")
 
 NO_COMPILER = (
     "fastopt: no working C++ compiler ({why}); install one (Debian/Ubuntu: apt-get install g++, macOS: xcode-select --install), "

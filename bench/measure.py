@@ -166,7 +166,7 @@ def version(package: str) -> str | None:
 def environment() -> dict[str, Any]:
     fastopt = module_or_none("fastopt")
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": re.sub(r" --json \S+", "", " ".join(["python -m bench." + Path(sys.argv[0]).stem, *sys.argv[1:]])),
         "commit": command("git", "describe", "--always", "--dirty"),
         "cpu": cpu_model(),

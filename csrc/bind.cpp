@@ -364,7 +364,9 @@ void Plan::read_group(PyObject* dict, size_t at) {
     if (n == optimizer.numbers) raise(PyExc_ValueError, c10::str(key, " of param group ", at, " has too many values"));
     if (PyFloat_CheckExact(item)) {
       group.numbers[n] = PyFloat_AS_DOUBLE(item);
-    } else if (THPVariable_Check(item)) {
+    } else if (PyBool_Check(item)) {
+      group.numbers[n] = item == Py_True;
+    } else if (!PyLong_CheckExact(item) && THPVariable_Check(item)) {   // isinstance(1, torch.Tensor) is a call into Python
       const at::Tensor& tensor = THPVariable_Unpack(item);
       if (!is_plain(tensor.unsafeGetTensorImpl()) && tensor.key_set().has(c10::DispatchKey::Python)) throw Outside{"a hyper-parameter is a tensor subclass"};
       if (tensor.numel() != 1) raise(PyExc_ValueError, c10::str("Tensor ", key, " of param group ", at, " must be 1-element, not of shape ", tensor.sizes()));
@@ -570,13 +572,12 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
 // parameter's strides and merged where all operands allow it.
 int64_t Plan::layout_of(at::TensorImpl* const* operands) {
   const at::TensorImpl* param = operands[0];
-  bool contiguous = true, same = param->is_non_overlapping_and_dense();
-  for (int k = 0; k < max_operands; k++) {
-    if (!operands[k]) continue;
-    contiguous &= operands[k]->is_contiguous();
-    same &= operands[k]->strides() == param->strides();
-  }
-  if (contiguous || same || param->numel() == 0) return -1;
+  bool contiguous = true;
+  for (int k = 0; k < max_operands; k++) contiguous &= !operands[k] || operands[k]->is_contiguous();
+  if (contiguous || param->numel() == 0) return -1;
+  bool same = param->is_non_overlapping_and_dense();
+  for (int k = 1; k < max_operands; k++) same &= !operands[k] || operands[k]->strides() == param->strides();
+  if (same) return -1;
 
   c10::SmallVector<int64_t, 16> by_stride;
   for (int64_t d = 0; d < param->dim(); d++)

@@ -118,8 +118,6 @@ def test_every_explained_message_exists():
     sources = plain(" ".join(text for _, text in messages()))
     for row in re.findall(r"^\| (`.*?) \| ", FAQ.split("## Questions")[0], re.M):
         for message in re.findall(r"`([^`]+)`", row):
-            if message.startswith("invalid pyproject.toml"):  # setuptools says so
-                continue
             for part in re.split(r"\.\.\.", message):
                 if len(part) > 12:
                     assert plain(part).strip() in sources, part
