@@ -39,14 +39,11 @@ def growth(library, name, million, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, how", [("Adam", {}), ("SGD", {"lr": 0.1, "momentum": 0.9})], ids=["Adam", "SGD"])
-def test_peak_of_a_step_is_flat(name, how):
-    """1.6 GB of parameters, gradients and state for 100 M parameters of Adam; the step adds less than 4 MB at any size."""
-    ours = {million: growth("fastopt", name, million, how) for million in (1, 10, 100)}
-    foreach = growth("torch", name, 10, {**how, "foreach": True})
-    print(
-        f"{name}: a step adds {ours} MB for so many million parameters; torch's foreach {foreach:.0f} MB for 10 million"
-    )
+def test_peak_of_a_step_is_flat():
+    """1.6 GB of parameters, gradients and state for 100 M parameters; the step adds less than 4 MB at any size."""
+    ours = {million: growth("fastopt", "Adam", million, {}) for million in (1, 10, 100)}
+    foreach = growth("torch", "Adam", 10, {"foreach": True})
+    print(f"a step adds {ours} MB for so many million parameters; torch's foreach {foreach:.0f} MB for 10 million")
     assert max(ours.values()) < 4
-    assert name == "SGD" or foreach > 30  # the measurement sees temporaries where there are some
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 1e6 * 0.8
+    assert foreach > 30  # the measurement sees temporaries where there are some
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 1_500_000  # kB: the model was really that large
