@@ -11,8 +11,9 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"fastopt: setuptools {setuptools.__version__} is too old to build it; pip install 'setuptools>=77'")
 
 NO_COMPILER = (
-    "fastopt: no working C++ compiler ({why}); install one (Debian/Ubuntu: apt-get install g++, macOS: xcode-select --install), "
-    "or install without the extension, on torch's own slower step: FASTOPT_NO_EXTENSION=1 pip install --no-build-isolation ."
+    "fastopt: no working C++ compiler ({why}); install one "
+    "(Debian/Ubuntu: apt-get install g++, macOS: xcode-select --install), or install without the extension, on torch's "
+    "own slower step: FASTOPT_NO_EXTENSION=1 pip install --no-build-isolation ."
 )
 COMPILE_ARGS = [
     "-O3",

@@ -17,7 +17,8 @@ REBUILD = (
 )
 NO_EXTENSION = (
     "fastopt was installed without its C++ extension: every step is torch.optim's own. "
-    "For the fused step, install a C++ compiler and reinstall: pip install --no-build-isolation --force-reinstall --no-deps fastopt"
+    "For the fused step, install a C++ compiler and reinstall: "
+    "pip install --no-build-isolation --force-reinstall --no-deps fastopt"
 )
 
 
@@ -52,8 +53,8 @@ def backend_info() -> dict[str, Any]:
 
     Returns a dict:
         fastopt, torch: versions.
-        cpu: the instruction set of the CPU step (``"avx512"``, ``"avx2"``, ``"baseline"``), or ``"torch"`` without extension.
-            The environment variable ``FASTOPT_ISA`` forces one.
+        cpu: the instruction set of the CPU step (``"avx512"``, ``"avx2"``, ``"baseline"``), or ``"torch"`` without
+            extension. The environment variable ``FASTOPT_ISA`` forces one.
         cpu_available: the instruction sets that this processor can run.
         threads: ``torch.get_num_threads()``; the step honours it.
         torch_steps: how many steps torch's own code did, by the reason (sparse gradients, complex parameters, ...).

@@ -2,8 +2,9 @@
 
     param_groups -> plan -> backend -> kernel machinery -> update function
 
-The plan and the CPU machinery are C++ (csrc/bind.cpp says what it answers); here is what happens around them: hooks, closures, making
-state at a parameter's first step, and torch's own step for whatever is not a plain strided tensor of a floating dtype.
+The plan and the CPU machinery are C++ (csrc/bind.cpp says what it answers). Here is what happens around them: hooks,
+closures, making state at a parameter's first step, and torch's own step for whatever is not a plain strided tensor of
+a floating dtype.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class FusedStep(_Base):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """False: torch.amp.GradScaler unscales, and skips the whole step on overflow, also when the user passed ``fused=True``."""
+        """False, also with ``fused=True``: torch.amp.GradScaler unscales, and skips the whole step on overflow."""
         return False
 
     @_step_supports_amp_scaling.setter
@@ -70,19 +71,21 @@ class FusedStep(_Base):
     @_disable_dynamo
     @torch.no_grad()
     def _make_state(self, missing: list[tuple[Group, Tensor]]) -> None:
-        """Makes the state of parameters at their first step, or the step count that an old checkpoint kept as a number."""
+        """Makes the state of parameters at their first step, or a step count that an old checkpoint kept as a number."""
         for group, param in missing:
             state = self.state[param]
             if self._has_step() and state:
                 state["step"] = torch.tensor(float(state["step"]), dtype=_step_dtype(), device="cpu")
             else:
-                state.update({name: value for name, value in self._new_state(group, param).items() if state.get(name) is None})
+                new = self._new_state(group, param)
+                state.update({name: value for name, value in new.items() if state.get(name) is None})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict()`` of this optimizer or of torch's returned.
 
-        As in torch.optim, except that state of float32, bfloat16 or float16 keeps its dtype (torch casts it to the parameter's) and that
-        ``foreach``, ``fused``, ``capturable`` and ``differentiable`` keep the values of this optimizer (torch takes the file's).
+        As in torch.optim, except that state of float32, bfloat16 or float16 keeps its dtype (torch casts it to the
+        parameter's) and that ``foreach``, ``fused``, ``capturable`` and ``differentiable`` keep the values of this
+        optimizer (torch takes the file's).
 
         Raises:
             ValueError: the state of a parameter is incomplete or of another shape; nothing was loaded.
@@ -136,7 +139,9 @@ class FusedStep(_Base):
             elif not isinstance(value, Tensor):
                 raise ValueError(f"loaded {name!r} of parameter {key} is no tensor: {value!r}")
             elif value.shape != param.shape:
-                raise ValueError(f"loaded {name!r} of parameter {key} has shape {list(value.shape)}, the parameter {list(param.shape)}")
+                raise ValueError(
+                    f"loaded {name!r} of parameter {key} has shape {list(value.shape)}, the parameter {list(param.shape)}"
+                )
 
     # ---- the step
 
@@ -150,8 +155,9 @@ class FusedStep(_Base):
             The loss, if a closure was given.
 
         Raises:
-            RuntimeError: a gradient, parameter or state tensor cannot be stepped (shape, dtype, device); nothing was changed.
-            KeyError: state of a parameter is incomplete; nothing was changed.
+            RuntimeError: a gradient, parameter or state tensor cannot be stepped (shape, dtype, device).
+            KeyError: state of a parameter is incomplete.
+            Nothing was changed then.
         """
         if is_dynamo_compiling():
             return _untraced_step(self, closure)
@@ -184,7 +190,7 @@ class FusedStep(_Base):
 
     @_disable_dynamo
     def _finish(self, rest: Any) -> None:
-        """What the plan could not do by itself: state of new parameters, GPU kernels and buffers, torch's own step for a reason."""
+        """What the plan could not do by itself: new state, GPU kernels and buffers, torch's own step for a reason."""
         made: list[tuple[Tensor, dict[str, Any] | None]] = []  # parameters and what their state was before
         try:
             while isinstance(rest, list) or (isinstance(rest, tuple) and rest[0] == "gpu"):
