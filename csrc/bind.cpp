@@ -291,6 +291,7 @@ class Plan {
   Vec<uint32_t> order;                            // rows by address
   Vec<Bucket> buckets;
   bool busy = false;                              // a step is under way, perhaps without the GIL
+  bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
 
   // Memory used again; its content is that of one call.
   PyObject* param_groups = nullptr;
@@ -717,7 +718,11 @@ void Plan::write(bool in_turn) {
 }
 
 PyObject* Plan::step(PyObject* self, PyObject* fresh) {
-  if (busy) return Plan(index).step(self, fresh);   // from another thread, while this one runs kernels without the GIL
+  if (busy) {                                       // another thread is in here, running kernels without the GIL
+    Plan other(index);
+    other.temporary = true;
+    return other.step(self, fresh);
+  }
   struct Call {
     Plan& plan;
     explicit Call(Plan& p) : plan(p) { plan.busy = true, plan.missing = nullptr; }
@@ -752,6 +757,7 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
 constexpr int64_t chunk = 1024;           // elements per program: CHUNK of kernels/multi_tensor.py
 
 size_t Plan::bucket_of(const Row& row, const at::TensorImpl* param) {
+  if (temporary) throw Outside{"two threads step GPU parameters of one optimizer"};
   DType state = row.dtype[0];
   for (int k = 0, first = 1; k < optimizer.slots; k++) {
     if (!(row.used >> k & 1)) continue;

@@ -71,7 +71,7 @@ class FusedStep(_Base):
     @_disable_dynamo
     @torch.no_grad()
     def _make_state(self, missing: list[tuple[Group, Tensor]]) -> None:
-        """Makes the state of parameters at their first step, or a step count that an old checkpoint kept as a number."""
+        """Makes the state of parameters at their first step, or a step count that was a number."""
         for group, param in missing:
             state = self.state[param]
             if self._has_step() and state:
@@ -139,9 +139,8 @@ class FusedStep(_Base):
             elif not isinstance(value, Tensor):
                 raise ValueError(f"loaded {name!r} of parameter {key} is no tensor: {value!r}")
             elif value.shape != param.shape:
-                raise ValueError(
-                    f"loaded {name!r} of parameter {key} has shape {list(value.shape)}, the parameter {list(param.shape)}"
-                )
+                shapes = f"shape {list(value.shape)}, the parameter {list(param.shape)}"
+                raise ValueError(f"loaded {name!r} of parameter {key} has {shapes}")
 
     # ---- the step
 
