@@ -381,6 +381,7 @@ def test_complex_parameters(row):
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in ("SGD", "Adagrad")], ids=lambda row: row.name)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_sparse_gradients(row):
     """Where torch takes them, beside dense ones, with indices that repeat."""
     grads_per_step = [
