@@ -196,14 +196,14 @@ bool same_placement(const py::object& a, const py::object& b) {
   return true;
 }
 
-bool same_sizes(const at::TensorImpl* a, const at::TensorImpl* b) {
+C10_ALWAYS_INLINE bool same_sizes(const at::TensorImpl* a, const at::TensorImpl* b) {
   const at::IntArrayRef x = a->sizes(), y = b->sizes();
   bool same = x.size() == y.size();
   for (size_t d = 0; same && d < x.size(); d++) same = x[d] == y[d];
   return same;
 }
 
-bool dtype_of(const at::TensorImpl* t, DType& out) {
+C10_ALWAYS_INLINE bool dtype_of(const at::TensorImpl* t, DType& out) {
   switch (t->dtype().toScalarType()) {
     case at::kFloat: out = DType::f32; return true;
     case at::kDouble: out = DType::f64; return true;
@@ -417,19 +417,21 @@ size_t Plan::scalars_for(Group& group, double t, bool f64) {
 }
 
 // A tensor that the step writes: torch's conditions for an in-place operation.
-void check_written(at::TensorImpl* t, const char* name, Where where) {
+C10_NOINLINE void refuse_or_accept(at::TensorImpl* t, const char* name, Where where) {
   if (t->is_inference() && !c10::InferenceMode::is_enabled())
     raise(PyExc_RuntimeError, c10::str("Inplace update to inference tensor outside InferenceMode is not allowed: ", name, " of ", where,
                                        ". Make a clone outside of InferenceMode to get a normal tensor."));
-  if (!t->is_contiguous())
-    for (int64_t d = 0; d < t->dim(); d++)
-      if (t->strides()[d] == 0 && t->sizes()[d] > 1)
-        raise(PyExc_RuntimeError, c10::str("unsupported operation: more than one element of the written-to tensor refers to a single "
-                                           "memory location (", name, " of ", where, "). Please clone() the tensor before performing the operation."));
+  for (int64_t d = 0; d < t->dim(); d++)
+    if (t->strides()[d] == 0 && t->sizes()[d] > 1)
+      raise(PyExc_RuntimeError, c10::str("unsupported operation: more than one element of the written-to tensor refers to a single "
+                                         "memory location (", name, " of ", where, "). Please clone() the tensor before performing the operation."));
+}
+C10_ALWAYS_INLINE void check_written(at::TensorImpl* t, const char* name, Where where) {
+  if (!t->is_contiguous() || t->is_inference()) refuse_or_accept(t, name, where);
 }
 
 // The address of the first element. mutable_data() gives a lazily copied tensor memory of its own.
-void* memory_of(at::TensorImpl* t, DType dtype, bool written, const char* name, Where where) {
+C10_ALWAYS_INLINE void* memory_of(at::TensorImpl* t, DType dtype, bool written, const char* name, Where where) {
   c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
   char* base = static_cast<char*>(written ? storage->mutable_data() : const_cast<void*>(storage->data()));
   if (!base && t->numel() > 0)
