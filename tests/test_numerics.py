@@ -287,6 +287,23 @@ def test_dtypes_of_param_and_state_in_one_optimizer(row):
     check(row, row.plain, params, grads_per_step, prepare=convert)
 
 
+@every_dtype
+@every_row
+def test_special_values_in_states(row, dtype):
+    """As training alone does not bring them together: NaN in one state and a number in another, negative squares."""
+    special = special_values(dtype)
+
+    def spoil(optimizer):
+        for shift, param in enumerate(optimizer.param_groups[0]["params"]):
+            for place, name in enumerate(row.slots):
+                values = special.roll(shift * place).repeat(len(special)).roll(place)
+                optimizer.state[param][name].copy_(values)
+
+    params = [special.repeat_interleave(len(special)) for _ in special]
+    grads = [special.roll(shift).repeat(len(special)) for shift in range(len(special))]
+    check(row, row.plain, params, [grads] * 4, prepare=spoil)
+
+
 @every_row
 def test_every_step_count(row):
     """Parameters of one group with their own step, up to where float32 cannot count further."""
