@@ -258,6 +258,8 @@ class FusedStep(_Base):
             return RuntimeError(f"grad is on {grad.device}, the parameter on {param.device}")
         if grad.is_sparse and not self._takes_sparse:
             return RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        if grad.is_sparse and group["weight_decay"] != 0:
+            return RuntimeError("weight_decay option is not compatible with sparse gradients")
         if group.get("capturable") and param.device.type == "cpu":
             return AssertionError(
                 "If capturable=True, params and state_steps must be on supported devices: cuda, xpu, hpu, ...; not cpu"

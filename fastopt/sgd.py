@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .optimizer import FusedStep, Group
 
@@ -60,8 +59,3 @@ class SGD(FusedStep, torch.optim.SGD):
 
     def _slots(self, group: Group) -> dict[str, float]:
         return {"momentum_buffer": -0.0}  # the first step adds the gradient to it, with its sign of zero
-
-    def _refusal(self, group: Group, param: Tensor) -> Exception | None:
-        if param.grad is not None and param.grad.is_sparse and group["weight_decay"] != 0:
-            return RuntimeError("weight_decay option is not compatible with sparse gradients")
-        return super()._refusal(group, param)
