@@ -6,9 +6,10 @@
 //                        "reason"                  not for this library: torch's own step shall run (nothing was written)
 //                        raises                    refused (nothing was written)
 //
-// Nothing read from a tensor outlives a call. What a plan keeps is where in `state` each parameter's entry stood last time, because
-// looking it up would call Tensor.__hash__, which is Python; and that place is believed only if the key standing there now is the
-// parameter standing in param_groups now. The rest of a plan is memory used again.
+// step(optimizer, fresh)  the same, after state was made for the parameters in the list `fresh`, which is emptied before it writes
+//
+// Nothing read from a tensor, a group or `state` outlives a call, so nothing can be stale. What a plan keeps is memory used again, and on
+// a GPU what was uploaded last, to be compared.
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/rsub.h>
@@ -33,7 +34,7 @@ namespace {
 
 // ---- counted memory: a test asserts that a hot step allocates nothing
 
-int64_t allocations = 0, builds = 0;
+int64_t allocations = 0;
 
 template <class T> struct Counted {
   using value_type = T;
@@ -86,7 +87,7 @@ struct Optimizer {
   const char* name;
   bool has_step;
   int keys, slots, numbers, scalars;
-  const char* const* key_names;
+  const Key* key;
   const char* const* slot_names;
   unsigned (*used)(const double* numbers);
   void (*compute)(const double* numbers, double t, bool f64, Scalars& out);
@@ -98,9 +99,9 @@ template <class O, class T, class N> void put(const N* numbers, double t, Scalar
   new (&out) typename O::template Scalars<T>(*reinterpret_cast<const typename O::template Hyper<N>*>(numbers), t);
 }
 template <class O> constexpr Optimizer describe() {
-  static_assert(sizeof(O::keys) / sizeof(char*) <= max_keys && sizeof(O::slots) / sizeof(char*) <= max_slots);
+  static_assert(sizeof(O::keys) / sizeof(Key) <= max_keys && sizeof(O::slots) / sizeof(char*) <= max_slots);
   static_assert(sizeof(typename O::template Hyper<double>) / sizeof(double) <= max_numbers);
-  return {O::name, O::has_step, sizeof(O::keys) / sizeof(char*), sizeof(O::slots) / sizeof(char*),
+  return {O::name, O::has_step, sizeof(O::keys) / sizeof(Key), sizeof(O::slots) / sizeof(char*),
           sizeof(typename O::template Hyper<double>) / sizeof(double), sizeof(typename O::template Scalars<double>) / sizeof(double),
           O::keys, O::slots,
           [](const double* n) { return O::used(*reinterpret_cast<const typename O::template Hyper<double>*>(n)); },
@@ -115,24 +116,22 @@ const auto optimizers = describe_all(static_cast<Optimizers*>(nullptr));
 struct Names {
   PyObject *param_groups, *state, *params, *differentiable, *capturable, *step, *plan, *local_tensor, *spec, *mesh, *placements;
   PyObject *keys[optimizers.size()][max_keys], *slots[optimizers.size()][max_slots];
-  PyObject* disabled_torch_function;
+  PyObject *torch_function, *disabled_torch_function, *grad, *tensor_grad;
   Names() {
     auto intern = [](const char* s) { return PyUnicode_InternFromString(s); };
     param_groups = intern("param_groups"), state = intern("state"), params = intern("params"), step = intern("step");
     differentiable = intern("differentiable"), capturable = intern("capturable"), plan = intern("_plan");
     local_tensor = intern("_local_tensor"), spec = intern("_spec"), mesh = intern("mesh"), placements = intern("placements");
     for (size_t o = 0; o < optimizers.size(); o++) {
-      for (int k = 0; k < optimizers[o].keys; k++) keys[o][k] = intern(optimizers[o].key_names[k]);
+      for (int k = 0; k < optimizers[o].keys; k++) keys[o][k] = intern(optimizers[o].key[k].name);
       for (int k = 0; k < optimizers[o].slots; k++) slots[o][k] = intern(optimizers[o].slot_names[k]);
     }
+    torch_function = intern("__torch_function__"), grad = intern("grad");
+    tensor_grad = py::object(py::module_::import("torch").attr("Tensor").attr("grad")).release().ptr();
     disabled_torch_function = py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl")).release().ptr();
   }
 };
 const Names* names;
-
-bool same_name(PyObject* a, PyObject* interned) {
-  return a == interned || (PyUnicode_Check(a) && PyUnicode_Compare(a, interned) == 0);
-}
 
 // ---- what is a tensor to us
 
@@ -150,18 +149,20 @@ c10::DeviceType gpu_type = c10::kCUDA;
 // A dense CPU or GPU tensor with nothing between it and its memory: no subclass, no lazy negation or conjugation, no transform.
 bool is_plain(const at::TensorImpl* t) { return (t->key_set().raw_repr() & ~plain_keys) == 0; }
 
-bool has_torch_function(PyObject* tensor) {
-  if (THPVariable_CheckTypeExact(Py_TYPE(tensor))) return false;
-  PyObject* f = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "__torch_function__");
-  if (!f) { PyErr_Clear(); return false; }
-  Py_DECREF(f);
-  return f != names->disabled_torch_function;
-}
+bool is_exact(PyObject* object) { return THPVariable_CheckTypeExact(Py_TYPE(object)); }   // a torch.Tensor or Parameter, of no subclass
 
 py::object attribute(PyObject* object, PyObject* name) {
   PyObject* value = PyObject_GetAttr(object, name);
   if (!value) throw python_error();
   return py::reinterpret_steal<py::object>(value);
+}
+
+// Whether a subclass has a say in what is done with its tensors; or in what their gradient is.
+bool has_torch_function(PyObject* tensor) {
+  return attribute(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), names->torch_function).ptr() != names->disabled_torch_function;
+}
+bool has_own_grad(PyObject* tensor) {
+  return attribute(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), names->grad).ptr() != names->tensor_grad;
 }
 
 // A DTensor; its class is looked for only once torch.distributed.tensor is imported, which costs too much to do it here.
@@ -203,6 +204,17 @@ C10_ALWAYS_INLINE bool same_sizes(const at::TensorImpl* a, const at::TensorImpl*
   return same;
 }
 
+// Whether `t` is like `param` in device, dtype and layout, and no subclass if that is none. Almost every gradient and state tensor
+// is; then it needs none of the checks that the parameter passed.
+C10_ALWAYS_INLINE bool is_alike(const at::TensorImpl* t, const at::TensorImpl* param, bool on_gpu) {
+  if (t->key_set() != param->key_set() || t->dtype() != param->dtype()) return false;   // the keys say CPU, but not which GPU
+  if (on_gpu && t->device() != param->device()) return false;
+  const at::IntArrayRef sizes = t->sizes(), strides = t->strides(), param_sizes = param->sizes(), param_strides = param->strides();
+  bool same = sizes.size() == param_sizes.size();
+  for (size_t d = 0; same && d < sizes.size(); d++) same = sizes[d] == param_sizes[d] && strides[d] == param_strides[d];
+  return same;
+}
+
 C10_ALWAYS_INLINE bool dtype_of(const at::TensorImpl* t, DType& out) {
   switch (t->dtype().toScalarType()) {
     case at::kFloat: out = DType::f32; return true;
@@ -212,6 +224,38 @@ C10_ALWAYS_INLINE bool dtype_of(const at::TensorImpl* t, DType& out) {
     default: return false;
   }
 }
+
+// Whether looking a key up in the object is looking it up in the dict that it is.
+bool is_dict(PyObject* object) {
+  return PyDict_Check(object) && Py_TYPE(object)->tp_as_mapping->mp_subscript == PyDict_Type.tp_as_mapping->mp_subscript;
+}
+
+// Looks keys up in a dict. Asked in the order in which they stand there, which is the usual case, it takes no search.
+class Reader {
+ public:
+  explicit Reader(PyObject* dict) : dict(dict) {}
+  PyObject* operator()(PyObject* wanted) { return has_next(wanted) ? value : found(PyDict_GetItemWithError(dict, wanted)); }
+  // A tensor as the key. Tensor.__hash__ is Python and too slow to call, but known: it is the address. Of a subclass it may differ.
+  PyObject* of_tensor(PyObject* wanted) {
+    if (has_next(wanted)) return value;
+    PyObject* entry = found(_PyDict_GetItem_KnownHash(dict, wanted, reinterpret_cast<Py_hash_t>(wanted)));
+    return entry || is_exact(wanted) ? entry : found(PyDict_GetItemWithError(dict, wanted));
+  }
+
+ private:
+  bool has_next(PyObject* wanted) {
+    Py_ssize_t next = at;
+    if (!PyDict_Next(dict, &next, &key, &value) || key != wanted) return false;
+    at = next;
+    return true;
+  }
+  static PyObject* found(PyObject* entry) {
+    if (!entry && PyErr_Occurred()) throw python_error();
+    return entry;
+  }
+  PyObject *dict, *key = nullptr, *value = nullptr;
+  Py_ssize_t at = 0;
+};
 
 // ---- the plan
 
@@ -227,24 +271,29 @@ class Plan {
  public:
   explicit Plan(int index) : index(index), optimizer(optimizers[index]) {}
   PyObject* step(PyObject* self, PyObject* fresh);
-  void set_capacity(size_t bucket, int64_t words);
+  void set_buffer(size_t bucket, int64_t words, int64_t address);
 
  private:
-  struct Entry { PyObject *key, *value; };        // of `state`
   struct Group {                                  // what the options of a param group say
     double numbers[max_numbers];
     int64_t values;                               // place in `values`, if some hyper-parameter is a tensor; else -1
+    bool capturable;                              // then everything that may change is read on the device:
+    int64_t addresses[max_numbers];               // of the hyper-parameters that are tensors there; else 0
+    c10::DeviceIndex device;                      // where these are; else -1
     unsigned used;
     double last_t[2];                             // the step counts whose scalars were computed last, for fp32 and fp64,
     size_t last[2];                               // and their place in `scalars`
   };
   struct Written {                                // what a row writes besides its elements, and how it came about
     at::TensorImpl *param, *grad, *slots[max_slots], *step;
-    double t;
+    void* count;                                  // the step count in memory, a double or a float
+    bool count_f64;
+    double t;                                     // what it shall be
     uint32_t group;
     size_t scalars;
     int64_t layout;
     size_t bucket;                                // of a GPU row
+    int64_t count_address;                        // of the step count on the GPU, for a capturable row
   };
   struct Batch {
     Vec<Row> rows;
@@ -255,31 +304,31 @@ class Plan {
     c10::DeviceIndex device;
     unsigned used;
     DType param, state;
-    int64_t capacity = 0;                         // words of 8 bytes that its buffer on the device holds
+    bool capturable;
+    int64_t capacity = 0, base = 0;               // of its buffer on the device: words of 8 bytes that it holds, its address
     Vec<int64_t> image;                           // the arrays of kernels/multi_tensor.py, as last handed over
     Vec<int64_t> numels;                          // of the rows in it
     bool current = false;                         // whether image has the present shapes
-    int64_t programs = 0, words = 0, table_at = 0, scalars_at = 0, changed_from = 0, changed_to = 0;
+    int64_t programs = 0, words = 0, table_at = 0, hypers_at = 0, numbers_at = 0, scalars_at = 0, changed_from = 0, changed_to = 0;
     int64_t rows = 0, scalar_rows = 0, last_scalars = -1;
+    int64_t groups = 0, last_group = -1;          // of capturable rows
   };
-  struct Extent { uintptr_t begin, end; };        // of a parameter in memory
+  struct Extent { uintptr_t begin, end; bool written; };   // of a parameter or gradient in memory
 
   void check(PyObject* self, PyObject* fresh);
-  void read_group(PyObject* dict, size_t at);
-  void check_param(PyObject* object, PyObject* group_dict, Where where, bool& group_read);
+  void read_group(PyObject* dict, size_t at, bool capturable);
+  void check_param(PyObject* object, PyObject* group_dict, Where where, bool capturable, bool& group_read, Reader& state);
   at::TensorImpl* check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const py::object& placement,
                              const char* name, Where where, DType& dtype);
-  double next_step(at::TensorImpl* step) const;
-  const Entry* entry_of_param(PyObject* param);
-  void find_entries();
   void add_missing(PyObject* group_dict, PyObject* param);
   int64_t layout_of(at::TensorImpl* const* operands);
-  size_t scalars_for(Group& group, double t, bool f64);
+  size_t scalars_for(Group& group, double t, bool f64, size_t group_at);
+  static Extent extent_of(const at::TensorImpl* t, const void* data, int64_t itemsize, bool dense, bool written);
   bool rows_overlap();
   void count_repeated_steps();
   void count_steps(Batch& batch);
   void write(bool in_turn);
-  size_t bucket_of(const Row& row, const at::TensorImpl* param);
+  size_t bucket_of(const Row& row, const at::TensorImpl* param, bool capturable);
   PyObject* gpu_wants();
   PyObject* gpu_launches();
   void run_rows(const Row* first, const int64_t* ends, size_t count);
@@ -287,20 +336,14 @@ class Plan {
 
   const int index;
   const Optimizer& optimizer;
-  Vec<int32_t> places;                            // per parameter, in the order of param_groups: its place in `state`, or -1
-  Vec<uint32_t> order;                            // rows by address
+  Vec<uint32_t> order;                            // of extents by address
   Vec<Bucket> buckets;
   bool busy = false;                              // a step is under way, perhaps without the GIL
   bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
 
   // Memory used again; its content is that of one call.
-  PyObject* param_groups = nullptr;
-  PyObject* state = nullptr;
   PyObject* missing = nullptr;                              // [(group, param), ...], or null
   std::vector<PyObject*> fresh_params;            // sorted; optimizers without step count need to know
-  size_t param_count = 0;
-  bool entries_read = false, entries_found = false;
-  Vec<Entry> entries;
   Vec<Group> groups;
   Vec<Value> values;
   Vec<Scalars> scalars;
@@ -313,38 +356,8 @@ class Plan {
 };
 
 void Plan::clear() {
-  entries.clear(), groups.clear(), values.clear(), scalars.clear(), cpu.clear(), gpu.clear(), extents.clear(), ends.clear();
+  groups.clear(), values.clear(), scalars.clear(), cpu.clear(), gpu.clear(), extents.clear(), ends.clear();
   layouts.clear(), dims.clear(), alive.clear(), fresh_params.clear();
-  param_count = 0, entries_read = entries_found = false;
-}
-
-// Where `param` stands in `state`, or null if it has no entry.
-const Plan::Entry* Plan::entry_of_param(PyObject* param) {
-  if (!entries_read) {
-    PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) entries.push_back({key, value});
-    entries_read = true;
-  }
-  const size_t i = param_count - 1;
-  auto believed = [&] { return i < places.size() && places[i] >= 0 && size_t(places[i]) < entries.size() && entries[places[i]].key == param; };
-  if (!believed() && !entries_found) find_entries();
-  return believed() ? &entries[places[i]] : nullptr;
-}
-
-void Plan::find_entries() {
-  builds++, entries_found = true;
-  std::unordered_map<PyObject*, int32_t> place;
-  for (size_t e = 0; e < entries.size(); e++) place.emplace(entries[e].key, int32_t(e));
-  places.clear();
-  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); g++) {
-    PyObject* dict = PyList_GET_ITEM(param_groups, g);
-    PyObject* params = PyDict_Check(dict) ? PyDict_GetItemWithError(dict, names->params) : nullptr;
-    if (!params || !PyList_Check(params)) return;   // check() stops there
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) {
-      auto found = place.find(PyList_GET_ITEM(params, i));
-      places.push_back(found == place.end() ? -1 : found->second);
-    }
-  }
 }
 
 void Plan::add_missing(PyObject* group_dict, PyObject* param) {
@@ -354,26 +367,43 @@ void Plan::add_missing(PyObject* group_dict, PyObject* param) {
   Py_DECREF(pair);
 }
 
-// The numbers behind the keys of a group. A tensor makes all of them Values: its arithmetic is torch's.
-void Plan::read_group(PyObject* dict, size_t at) {
+c10::DeviceIndex index_of(c10::Device gpu) { return gpu.has_index() ? gpu.index() : c10::DeviceIndex(0); }
+
+// The address of a number on the GPU as kernels/multi_tensor.py wants it: 1 is added for fp32.
+int64_t device_number(at::TensorImpl* t, const char* name, size_t group) {
+  DType dtype;
+  if (!dtype_of(t, dtype) || (dtype != DType::f32 && dtype != DType::f64))
+    raise(PyExc_TypeError, c10::str("Tensor ", name, " of param group ", group, " must be float32 or float64 on ", t->device(), ", not ", t->dtype()));
+  const char* first = static_cast<const char*>(t->unsafe_storage().unsafeGetStorageImpl()->data());
+  return reinterpret_cast<int64_t>(first + t->storage_offset() * itemsize(dtype)) + (dtype == DType::f32);
+}
+
+// The numbers behind the keys of a group. A tensor makes all of them Values, whose arithmetic is torch's; but of a tensor on the GPU in
+// a capturable group, only the address is taken.
+void Plan::read_group(PyObject* dict, size_t at, bool capturable) {
   groups.push_back({});
   Group& group = groups.back();
+  group.capturable = capturable, group.device = -1;
   Value read[max_numbers];
   int n = 0;
   bool tensors = false;
   auto put = [&](PyObject* item, const char* key) {
-    if (n == optimizer.numbers) raise(PyExc_ValueError, c10::str(key, " of param group ", at, " has too many values"));
     if (PyFloat_CheckExact(item)) {
       group.numbers[n] = PyFloat_AS_DOUBLE(item);
-    } else if (PyBool_Check(item)) {
-      group.numbers[n] = item == Py_True;
     } else if (!PyLong_CheckExact(item) && THPVariable_Check(item)) {   // isinstance(1, torch.Tensor) is a call into Python
       const at::Tensor& tensor = THPVariable_Unpack(item);
       if (!is_plain(tensor.unsafeGetTensorImpl()) && tensor.key_set().has(c10::DispatchKey::Python)) throw Outside{"a hyper-parameter is a tensor subclass"};
       if (tensor.numel() != 1) raise(PyExc_ValueError, c10::str("Tensor ", key, " of param group ", at, " must be 1-element, not of shape ", tensor.sizes()));
-      read[n] = Value(tensor.detach().cpu().squeeze());
-      group.numbers[n] = double(read[n]);
-      tensors = true;
+      if (capturable && tensor.device().type() == gpu_type) {
+        group.addresses[n] = device_number(tensor.unsafeGetTensorImpl(), key, at);
+        const c10::DeviceIndex device = index_of(tensor.device());
+        if (group.device >= 0 && group.device != device) throw Outside{"hyper-parameters of a param group are on several GPUs"};
+        group.device = device;
+      } else {
+        read[n] = Value(tensor.detach().cpu().squeeze());
+        group.numbers[n] = double(read[n]);
+        tensors = true;
+      }
     } else {
       group.numbers[n] = PyFloat_AsDouble(item);
       if (group.numbers[n] == -1 && PyErr_Occurred()) {
@@ -386,18 +416,23 @@ void Plan::read_group(PyObject* dict, size_t at) {
   };
   for (int k = 0; k < optimizer.keys; k++) {
     PyObject* item = PyDict_GetItemWithError(dict, names->keys[index][k]);
-    const char* key = optimizer.key_names[k];
+    const auto [key, kind] = optimizer.key[k];
     if (!item) raise(PyExc_KeyError, c10::str(key, ": missing in param group ", at));
-    if (PyTuple_Check(item) || PyList_Check(item)) {
-      PyObject** items = PySequence_Fast_ITEMS(item);
-      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(item); i++) put(items[i], key);
-    } else {
+    if (kind == truth) {
+      const int is_true = item == Py_True ? 1 : item == Py_False ? 0 : PyObject_IsTrue(item);
+      if (is_true < 0) throw python_error();
+      read[n] = group.numbers[n] = is_true;
+      n++;
+    } else if (kind == number) {
       put(item, key);
+    } else {
+      const bool is_pair = (PyTuple_Check(item) || PyList_Check(item)) && PySequence_Fast_GET_SIZE(item) == 2;
+      if (!is_pair) raise(PyExc_ValueError, c10::str(key, " of param group ", at, " must be a tuple of two numbers, not ", py::cast<std::string>(py::repr(item))));
+      for (Py_ssize_t i = 0; i < 2; i++) put(PySequence_Fast_GET_ITEM(item, i), key);
     }
   }
-  if (n != optimizer.numbers) raise(PyExc_ValueError, c10::str("param group ", at, " has too few values in a tuple"));
   group.used = optimizer.used(group.numbers);
-  group.last_t[0] = group.last_t[1] = -1;
+  group.last_t[0] = group.last_t[1] = std::nan("");  // equal to no count
   group.values = -1;
   if (tensors) {
     group.values = int64_t(values.size());
@@ -405,15 +440,21 @@ void Plan::read_group(PyObject* dict, size_t at) {
   }
 }
 
-size_t Plan::scalars_for(Group& group, double t, bool f64) {
-  if (group.last_t[f64] != t) {
-    Scalars out;
-    if (group.values < 0) optimizer.compute(group.numbers, t, f64, out);
-    else optimizer.compute_from_tensors(&values[group.values], t, f64, out);
-    group.last_t[f64] = t, group.last[f64] = scalars.size();
-    scalars.push_back(out);
-  }
-  return group.last[f64];
+size_t Plan::scalars_for(Group& group, double t, bool f64, size_t group_at) {
+  if (group.last_t[f64] == t) return group.last[f64];
+  Scalars out;
+  if (group.values < 0) optimizer.compute(group.numbers, t, f64, out);
+  else optimizer.compute_from_tensors(&values[group.values], t, f64, out);
+  bool finite = true, given_finite = group.values < 0 && std::isfinite(t);
+  for (int i = 0; i < optimizer.numbers; i++) given_finite = given_finite && std::isfinite(group.numbers[i]);
+  for (int i = 0; i < optimizer.scalars; i++)
+    finite = finite && std::isfinite(f64 ? reinterpret_cast<double*>(&out)[i] : double(reinterpret_cast<float*>(&out)[i]));
+  if (given_finite && !finite)
+    raise(PyExc_ZeroDivisionError, c10::str("the hyper-parameters of param group ", group_at, " give an infinite or undefined factor at step ", t,
+                                            ": check them (a beta of 1 or more, an overflow of the dtype) and state['step']"));
+  scalars.push_back(out);
+  group.last_t[f64] = t;
+  return group.last[f64] = scalars.size() - 1;
 }
 
 // A tensor that the step writes: torch's conditions for an in-place operation.
@@ -431,12 +472,12 @@ C10_ALWAYS_INLINE void check_written(at::TensorImpl* t, const char* name, Where 
 }
 
 // The address of the first element. mutable_data() gives a lazily copied tensor memory of its own.
-C10_ALWAYS_INLINE void* memory_of(at::TensorImpl* t, DType dtype, bool written, const char* name, Where where) {
+C10_ALWAYS_INLINE void* memory_of(at::TensorImpl* t, int64_t itemsize, bool written, const char* name, Where where) {
   c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
   char* base = static_cast<char*>(written ? storage->mutable_data() : const_cast<void*>(storage->data()));
   if (!base && t->numel() > 0)
     raise(PyExc_RuntimeError, c10::str(name, " of ", where, " has ", t->numel(), " elements but no storage (was it freed or resized to 0?)"));
-  return base + t->storage_offset() * itemsize(dtype);
+  return base + t->storage_offset() * itemsize;
 }
 
 at::TensorImpl* Plan::check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const py::object& placement,
@@ -457,20 +498,39 @@ at::TensorImpl* Plan::check_slot(PyObject* value, const at::TensorImpl* param, D
     raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has shape ", t->sizes(), ", the parameter ", param->sizes(),
                                        ": move the state with the parameter, or delete its entry to start anew"));
   if (!dtype_of(t, dtype) || (dtype == DType::f64 && param_dtype != DType::f64))
-    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has dtype ", t->dtype(), ", which the arithmetic for a ",
-                                       param->dtype(), " parameter does not hold"));
+    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has dtype ", c10::toString(t->dtype().toScalarType()),
+                                       ", which the arithmetic for a ", c10::toString(param->dtype().toScalarType()), " parameter does not hold"));
   check_written(t, name, where);
   return t;
 }
 
-double Plan::next_step(at::TensorImpl* step) const {
-  const void* count = step->data();
-  return step->dtype().toScalarType() == at::kFloat ? double(*static_cast<const float*>(count) + 1.0f) : *static_cast<const double*>(count) + 1.0;
+C10_NOINLINE void check_grad(const at::TensorImpl* grad, const at::TensorImpl* param, DType param_dtype, Where where) {
+  DType dtype;
+  if (grad->device() != param->device())
+    raise(PyExc_RuntimeError, c10::str("grad of ", where, " is on ", grad->device(), ", the parameter on ", param->device()));
+  if (!is_plain(grad)) throw Outside{"a gradient is sparse, a tensor subclass or not strided"};
+  if (!dtype_of(grad, dtype) || dtype != param_dtype) throw Outside{"a gradient's dtype is not its parameter's"};
+  if (!same_sizes(grad, param))
+    raise(PyExc_RuntimeError, c10::str("grad of ", where, " has shape ", grad->sizes(), ", the parameter ", param->sizes()));
 }
 
-void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool& group_read) {
-  if (!THPVariable_Check(object)) raise(PyExc_TypeError, c10::str("optimizer can only optimize Tensors, but ", where, " is ", Py_TYPE(object)->tp_name));
+// An empty tensor has no memory; its own address tells whether it is there twice.
+C10_ALWAYS_INLINE Plan::Extent Plan::extent_of(const at::TensorImpl* t, const void* data, int64_t itemsize, bool dense, bool written) {
+  const auto begin = reinterpret_cast<uintptr_t>(data), own = reinterpret_cast<uintptr_t>(t);
+  int64_t reach = t->numel();
+  if (!reach) return {own, own + 1, written};
+  if (!dense) {
+    reach = 1;
+    for (int64_t d = 0; d < t->dim(); d++) reach += (t->sizes()[d] - 1) * t->strides()[d];
+  }
+  return {begin, begin + uintptr_t(reach * itemsize), written};
+}
+
+void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool capturable, bool& group_read, Reader& state) {
+  const bool exact = is_exact(object);
+  if (!exact && !THPVariable_Check(object)) raise(PyExc_TypeError, c10::str("optimizer can only optimize Tensors, but ", where, " is ", Py_TYPE(object)->tp_name));
   const at::Tensor& grad_tensor = THPVariable_Unpack(object).unsafeGetTensorImpl()->grad();
+  if (!exact && !is_dtensor(object) && has_own_grad(object)) throw Outside{"a parameter is of a class with a grad of its own"};
   if (!grad_tensor.defined()) return;
   at::TensorImpl *param = THPVariable_Unpack(object).unsafeGetTensorImpl(), *grad = grad_tensor.unsafeGetTensorImpl();
   py::object placement;                                              // null but for a DTensor
@@ -483,92 +543,92 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
     placement = std::move(local.spec);
   }
 
-  DType param_dtype, grad_dtype;
+  DType dtype;
   const bool on_gpu = param->device_type() == gpu_type;
   if (!on_gpu && param->device_type() != at::kCPU) throw Outside{"a parameter is on a device other than CPU and GPU"};
-  if (!is_plain(param) || (!placement && has_torch_function(object))) throw Outside{"a parameter is a tensor subclass or not strided"};
-  if (grad->device() != param->device())
-    raise(PyExc_RuntimeError, c10::str("grad of ", where, " is on ", grad->device(), ", the parameter on ", param->device()));
-  if (!is_plain(grad)) throw Outside{"a gradient is sparse, a tensor subclass or not strided"};
-  if (!dtype_of(param, param_dtype)) {
-    auto dtype = param->dtype().toScalarType();
-    if (c10::isComplexType(dtype)) throw Outside{"a parameter is complex"};
-    if (c10::isFloatingType(dtype)) throw Outside{"a parameter is of an 8-bit dtype"};
-    raise(PyExc_RuntimeError, c10::str(where, " has dtype ", param->dtype(), ": only floating point and complex parameters can be stepped"));
+  if (capturable && (!on_gpu || !optimizer.has_step)) throw Outside{"capturable=True"};
+  if (!is_plain(param) || (!exact && !placement && has_torch_function(object))) throw Outside{"a parameter is a tensor subclass or not strided"};
+  if (!dtype_of(param, dtype)) {
+    auto other = param->dtype().toScalarType();
+    if (c10::isComplexType(other)) throw Outside{"a parameter is complex"};
+    if (c10::isFloatingType(other)) throw Outside{"a parameter is of an 8-bit dtype"};
+    raise(PyExc_RuntimeError, c10::str(where, " has dtype ", c10::toString(other), ": only floating point and complex parameters can be stepped"));
   }
-  if (!dtype_of(grad, grad_dtype) || grad_dtype != param_dtype) throw Outside{"a gradient's dtype is not its parameter's"};
-  if (!same_sizes(grad, param))
-    raise(PyExc_RuntimeError, c10::str("grad of ", where, " has shape ", grad->sizes(), ", the parameter ", param->sizes()));
-  check_written(param, "parameter", where);
+  check_written(param, "data", where);
+  bool all_alike = is_alike(grad, param, on_gpu);                    // until one is found that is not
+  if (!all_alike) check_grad(grad, param, dtype, where);
 
   if (!group_read) {
-    read_group(group_dict, where.group);
+    read_group(group_dict, where.group, capturable);
     group_read = true;
   }
   Group& group = groups.back();
+  Batch& batch = on_gpu ? gpu : cpu;
+  Row& row = batch.rows.emplace_back();           // if it stays unfinished, nothing will be written
+  Written& w = batch.written.emplace_back();
+  row.optimizer = uint8_t(index), row.used = uint8_t(group.used), row.numel = param->numel();
+  w.param = param, w.grad = grad, w.group = uint32_t(groups.size() - 1);
   at::TensorImpl* operands[max_operands] = {param, grad};
-  DType dtypes[max_operands] = {param_dtype, grad_dtype};
-  Written w = {};
-  w.param = param, w.grad = grad;
-  w.group = uint32_t(groups.size() - 1);
+  row.dtype[0] = row.dtype[1] = dtype;
+  const int64_t size = itemsize(dtype);
+  row.data[0] = memory_of(param, size, true, "data", where);
+  row.data[1] = memory_of(grad, size, false, "grad", where);
 
   if (optimizer.has_step || group.used) {
-    const Entry* entry = entry_of_param(object);
-    if (!entry || (PyDict_Check(entry->value) && PyDict_GET_SIZE(entry->value) == 0)) return add_missing(group_dict, object);
-    if (!PyDict_Check(entry->value)) raise(PyExc_TypeError, c10::str("state of ", where, " must be a dict, not ", Py_TYPE(entry->value)->tp_name));
-    PyObject *key, *value, *step = nullptr, *slots[max_slots] = {};
-    PyObject* const* slot_names = names->slots[index];
-    int guess = optimizer.has_step ? -1 : 0;      // the order torch makes them in
-    for (Py_ssize_t at = 0; PyDict_Next(entry->value, &at, &key, &value); guess++) {
-      if (guess < 0 ? key == names->step : guess < optimizer.slots && key == slot_names[guess]) {
-        (guess < 0 ? step : slots[guess]) = value;
-        continue;
-      }
-      if (same_name(key, names->step)) step = value;
-      for (int k = 0; k < optimizer.slots; k++)
-        if (same_name(key, slot_names[k])) slots[k] = value;
-    }
+    PyObject* entry = state.of_tensor(object);
+    if (!entry || (PyDict_Check(entry) && PyDict_GET_SIZE(entry) == 0)) return add_missing(group_dict, object);
+    if (!PyDict_Check(entry)) raise(PyExc_TypeError, c10::str("state of ", where, " must be a dict, not ", Py_TYPE(entry)->tp_name));
+    Reader read(entry);
+    PyObject* step = optimizer.has_step ? read(names->step) : nullptr;
     for (int k = 0; k < optimizer.slots; k++) {
       if (!(group.used >> k & 1)) continue;
-      if (!optimizer.has_step && (!slots[k] || slots[k] == Py_None)) return add_missing(group_dict, object);
-      if (!slots[k]) raise(PyExc_KeyError, c10::str("state['", optimizer.slot_names[k], "'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
-      w.slots[k] = operands[2 + k] = check_slot(slots[k], param, param_dtype, placement, optimizer.slot_names[k], where, dtypes[2 + k]);
+      const char* name = optimizer.slot_names[k];
+      PyObject* value = read(names->slots[index][k]);
+      if (!optimizer.has_step && (!value || value == Py_None)) return add_missing(group_dict, object);
+      if (!value) raise(PyExc_KeyError, c10::str("state['", name, "'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
+      at::TensorImpl* slot = is_exact(value) ? THPVariable_Unpack(value).unsafeGetTensorImpl() : nullptr;
+      row.dtype[2 + k] = dtype;
+      int64_t slot_size = size;
+      if (!slot || placement || !is_alike(slot, param, on_gpu)) {
+        slot = check_slot(value, param, dtype, placement, name, where, row.dtype[2 + k]);
+        slot_size = itemsize(row.dtype[2 + k]);
+        all_alike = false;
+      }
+      w.slots[k] = operands[2 + k] = slot;
+      row.data[2 + k] = memory_of(slot, slot_size, true, name, where);
     }
     if (optimizer.has_step) {
       if (!step) raise(PyExc_KeyError, c10::str("state['step'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
-      if (!THPVariable_Check(step)) return add_missing(group_dict, object);
+      if (!is_exact(step) && !THPVariable_Check(step)) {
+        if (!PyNumber_Check(step)) raise(PyExc_TypeError, c10::str("state['step'] of ", where, " must be a number, not ", Py_TYPE(step)->tp_name));
+        return add_missing(group_dict, object);
+      }
       w.step = THPVariable_Unpack(step).unsafeGetTensorImpl();
-      auto dtype = w.step->dtype().toScalarType();
-      if (!is_plain(w.step) || w.step->device_type() != at::kCPU || w.step->numel() != 1 || (dtype != at::kFloat && dtype != at::kDouble)) return add_missing(group_dict, object);
+      DType count;
+      if (w.step->numel() != 1) raise(PyExc_RuntimeError, c10::str("state['step'] of ", where, " must have one element, not shape ", w.step->sizes()));
+      const bool is_number = is_plain(w.step) && dtype_of(w.step, count) && (count == DType::f32 || count == DType::f64);
+      if (!is_number || (capturable ? w.step->device() != param->device() : w.step->device_type() != at::kCPU)) return add_missing(group_dict, object);
       check_written(w.step, "state['step']", where);
+      void* memory = memory_of(w.step, itemsize(count), true, "state['step']", where);
+      if (capturable) {
+        w.count_address = reinterpret_cast<int64_t>(memory) + (count == DType::f32);
+      } else {
+        w.count = memory, w.count_f64 = count == DType::f64;
+        w.t = w.count_f64 ? *static_cast<double*>(memory) + 1.0 : *static_cast<float*>(memory) + 1.0f;
+      }
     }
   }
-  if (missing) return;                            // this call will not write: no need for rows
+  if (!optimizer.has_step) w.t = std::binary_search(fresh_params.begin(), fresh_params.end(), object) ? 1 : 2;
+  if (!capturable) w.scalars = scalars_for(group, w.t, dtype == DType::f64, where.group);
+  w.layout = all_alike && param->is_non_overlapping_and_dense() ? -1 : layout_of(operands);
 
-  w.t = w.step ? next_step(w.step) : std::binary_search(fresh_params.begin(), fresh_params.end(), object) ? 1 : 2;
-  w.scalars = scalars_for(group, w.t, param_dtype == DType::f64);
-  w.layout = layout_of(operands);
-  Row row = {};
-  row.optimizer = uint8_t(index), row.used = uint8_t(group.used), row.numel = param->numel();
-  for (int k = 0; k < max_operands; k++) {
-    if (!operands[k]) continue;
-    row.dtype[k] = dtypes[k];
-    row.data[k] = memory_of(operands[k], dtypes[k], k != 1, k == 0 ? "parameter" : k == 1 ? "grad" : optimizer.slot_names[k - 2], where);
-  }
-  int64_t reach = row.numel;
-  if (w.layout >= 0 && row.numel) {
-    reach = 1;
-    for (int64_t d = 0; d < param->dim(); d++) reach += (param->sizes()[d] - 1) * param->strides()[d];
-  }
-  auto begin = reinterpret_cast<uintptr_t>(row.data[0]);
-  extents.push_back({begin, begin + uintptr_t(reach * itemsize(param_dtype))});
+  extents.push_back(extent_of(param, row.data[0], size, w.layout < 0, true));
+  extents.push_back(extent_of(grad, row.data[1], size, w.layout < 0, false));
   if (on_gpu) {
     if (w.layout >= 0) throw Outside{"on a GPU, a parameter, its gradient and state differ in strides"};
-    w.bucket = bucket_of(row, param);
+    if (group.device >= 0 && group.device != index_of(param->device())) throw Outside{"a hyper-parameter is on another GPU than a parameter"};
+    w.bucket = bucket_of(row, param, capturable);
   }
-  Batch& batch = on_gpu ? gpu : cpu;
-  batch.rows.push_back(row);
-  batch.written.push_back(w);
 }
 
 // The place in `layouts` of operands that do not walk memory in one order; -1 if they do. Dimensions are taken in the order of the
@@ -609,30 +669,36 @@ int64_t Plan::layout_of(at::TensorImpl* const* operands) {
 
 void Plan::check(PyObject* self, PyObject* fresh) {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Outside{"a torch dispatch mode is active"};
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) throw Outside{"a torch.func transform is active"};
   const py::object groups_object = attribute(self, names->param_groups), state_object = attribute(self, names->state);
-  param_groups = groups_object.ptr(), state = state_object.ptr();
-  if (!PyList_Check(param_groups) || !PyDict_Check(state)) throw Outside{"param_groups is no list or state no dict"};
+  PyObject* param_groups = groups_object.ptr();
+  if (!PyList_Check(param_groups) || !is_dict(state_object.ptr())) throw Outside{"param_groups is no list or state no dict"};
+  Reader read_state(state_object.ptr());
   if (fresh && !optimizer.has_step) {
     for (py::handle param : py::reinterpret_borrow<py::object>(fresh)) fresh_params.push_back(param.ptr());
     std::sort(fresh_params.begin(), fresh_params.end());
   }
+  const char* reason = nullptr;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); g++) {
     PyObject* dict = PyList_GET_ITEM(param_groups, g);
-    PyObject* params = PyDict_Check(dict) ? PyDict_GetItemWithError(dict, names->params) : nullptr;
-    if (!params || !PyList_Check(params)) throw Outside{"a param group has no list of params"};
+    PyObject* params = is_dict(dict) ? PyDict_GetItemWithError(dict, names->params) : nullptr;
+    if (!params || !PyList_Check(params)) throw Outside{"a param group is no dict or has no list of params"};
     PyObject* differentiable = PyDict_GetItemWithError(dict, names->differentiable);
     PyObject* capturable = PyDict_GetItemWithError(dict, names->capturable);
     if (differentiable && differentiable != Py_False && PyObject_IsTrue(differentiable)) throw Outside{"differentiable=True"};
-    if (capturable && capturable != Py_False && PyObject_IsTrue(capturable)) throw Outside{"capturable=True"};
+    const bool is_capturable = capturable && capturable != Py_False && PyObject_IsTrue(capturable);
     bool group_read = false;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) {
-      param_count++;
-      check_param(PyList_GET_ITEM(params, i), dict, {size_t(g), size_t(i)}, group_read);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) try {
+      check_param(PyList_GET_ITEM(params, i), dict, {size_t(g), size_t(i)}, is_capturable, group_read, read_state);
+    } catch (const Outside& outside) {                // the others are checked all the same: torch's step would stop half-way
+      if (!reason) reason = outside.reason;
     }
   }
+  if (reason) throw Outside{reason};
 }
 
-// Whether two parameters share memory: the rows must then be stepped in turn. The order by address is kept from step to step.
+// Whether a parameter shares memory with another, or with a gradient: the rows must then be stepped in turn. The order by address is
+// kept from step to step.
 bool Plan::rows_overlap() {
   auto sorted = [&] {
     if (order.size() != extents.size()) return false;
@@ -645,10 +711,12 @@ bool Plan::rows_overlap() {
     for (size_t i = 0; i < order.size(); i++) order[i] = uint32_t(i);
     std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return extents[a].begin < extents[b].begin; });
   }
-  uintptr_t reached = 0;
-  for (uint32_t r : order) {
-    if (extents[r].begin < reached && extents[r].end > extents[r].begin) return true;
-    reached = std::max(reached, extents[r].end);
+  uintptr_t reached = 0, written = 0;
+  for (uint32_t i : order) {
+    const Extent& extent = extents[i];
+    if (extent.begin < (extent.written ? reached : written)) return true;
+    reached = std::max(reached, extent.end);
+    if (extent.written) written = std::max(written, extent.end);
   }
   return false;
 }
@@ -658,10 +726,9 @@ void Plan::count_repeated_steps() {
   std::unordered_map<at::TensorImpl*, int> seen;
   for (size_t r = 0; r < cpu.rows.size(); r++) {
     Written& w = cpu.written[r];
-    if (int before = seen[w.param]++) {
-      w.t += before;
-      w.scalars = scalars_for(groups[w.group], w.t, cpu.rows[r].dtype[0] == DType::f64);
-    }
+    const int before = seen[w.param]++;
+    for (int i = 0; i < before; i++) w.t = w.count_f64 ? w.t + 1 : float(w.t) + 1.0f;
+    if (before) w.scalars = scalars_for(groups[w.group], w.t, cpu.rows[r].dtype[0] == DType::f64, w.group);
   }
 }
 
@@ -672,8 +739,8 @@ void Plan::count_steps(Batch& batch) {
     for (int k = 0; k < optimizer.slots; k++)
       if (w.slots[k]) w.slots[k]->bump_version();
     if (!w.step) continue;
-    if (w.step->dtype().toScalarType() == at::kFloat) *static_cast<float*>(w.step->mutable_data()) = float(w.t);
-    else *static_cast<double*>(w.step->mutable_data()) = w.t;
+    if (w.count && w.count_f64) *static_cast<double*>(w.count) = w.t;
+    else if (w.count) *static_cast<float*>(w.count) = float(w.t);
     w.step->bump_version();
   }
 }
@@ -746,10 +813,9 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
     if (PyObject* wants = gpu_wants()) return wants;
   }
   if (in_turn && !fresh_params.empty()) return PyUnicode_FromString("parameters share memory at their first step");
-  if (!cpu.rows.empty()) {
-    if (in_turn) count_repeated_steps();
-    write(in_turn);
-  }
+  if (!cpu.rows.empty() && in_turn) count_repeated_steps();
+  if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();   // from here on, it is written
+  if (!cpu.rows.empty()) write(in_turn);
   if (!gpu.rows.empty()) return gpu_launches();
   Py_RETURN_NONE;
 }
@@ -758,7 +824,7 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
 
 constexpr int64_t chunk = 1024;           // elements per program: CHUNK of kernels/multi_tensor.py
 
-size_t Plan::bucket_of(const Row& row, const at::TensorImpl* param) {
+size_t Plan::bucket_of(const Row& row, const at::TensorImpl* param, bool capturable) {
   if (temporary) throw Outside{"two threads step GPU parameters of one optimizer"};
   DType state = row.dtype[0];
   for (int k = 0, first = 1; k < optimizer.slots; k++) {
@@ -766,60 +832,67 @@ size_t Plan::bucket_of(const Row& row, const at::TensorImpl* param) {
     if (!first && row.dtype[2 + k] != state) throw Outside{"on a GPU, the state tensors of a parameter differ in dtype"};
     state = row.dtype[2 + k], first = 0;
   }
-  const c10::DeviceIndex device = param->device().has_index() ? param->device().index() : c10::DeviceIndex(0);
+  const c10::DeviceIndex device = index_of(param->device());
   for (size_t b = 0; b < buckets.size(); b++)
-    if (buckets[b].device == device && buckets[b].used == row.used && buckets[b].param == row.dtype[0] && buckets[b].state == state) return b;
+    if (buckets[b].device == device && buckets[b].used == row.used && buckets[b].param == row.dtype[0] && buckets[b].state == state &&
+        buckets[b].capturable == capturable) return b;
   Bucket made;
-  made.device = device, made.used = row.used, made.param = row.dtype[0], made.state = state;
+  made.device = device, made.used = row.used, made.param = row.dtype[0], made.state = state, made.capturable = capturable;
   buckets.push_back(std::move(made));
   return buckets.size() - 1;
 }
 
-void Plan::set_capacity(size_t bucket, int64_t words) {
-  buckets.at(bucket).capacity = words, buckets.at(bucket).current = false;
+void Plan::set_buffer(size_t bucket, int64_t words, int64_t address) {
+  buckets.at(bucket).capacity = words, buckets.at(bucket).base = address, buckets.at(bucket).current = false;
 }
 
-// Lays out the arrays of every bucket. Returns ("gpu", (bucket, device, used, param dtype, state dtype, words), ...) of those that
-// have no kernel yet or too small a buffer, to be answered by set_capacity and another call; or null.
+// Lays out the arrays of every bucket: work, table, scalars; or, if capturable: work, table, hypers, the numbers that hypers of the host
+// point to, and behind the image the scalars, which the device computes. Returns ("gpu", (bucket, device, used, param dtype, state
+// dtype, capturable, words), ...) of those that have no kernel yet or too small a buffer, to be answered by set_buffer and another
+// call; or null.
 PyObject* Plan::gpu_wants() {
-  for (Bucket& b : buckets) b.rows = b.scalar_rows = 0, b.last_scalars = -1;
+  for (Bucket& b : buckets) b.rows = b.scalar_rows = b.groups = 0, b.last_scalars = b.last_group = -1;
   for (size_t r = 0; r < gpu.rows.size(); r++) {
     const Written& w = gpu.written[r];
     Bucket& b = buckets[w.bucket];
     if (size_t(b.rows) == b.numels.size()) b.numels.push_back(-1);
     if (b.numels[size_t(b.rows)] != gpu.rows[r].numel) b.numels[size_t(b.rows)] = gpu.rows[r].numel, b.current = false;
     b.rows++;
-    if (int64_t(w.scalars) != b.last_scalars) b.scalar_rows++;
+    if (b.capturable || int64_t(w.scalars) != b.last_scalars) b.scalar_rows++;
     b.last_scalars = int64_t(w.scalars);
+    if (b.capturable && w.group != b.last_group) b.groups++, b.last_group = w.group;
   }
   py::list wants;
   for (size_t i = 0; i < buckets.size(); i++) {
     Bucket& b = buckets[i];
-    const int64_t scalars_size = b.scalar_rows * optimizer.scalars * (b.param == DType::f64 ? 8 : 4);
+    const int64_t scalars_words = (b.scalar_rows * optimizer.scalars * (b.param == DType::f64 ? 8 : 4) + 7) / 8;
     if (size_t(b.rows) != b.numels.size()) b.numels.resize(size_t(b.rows)), b.current = false;
     if (!b.current) {
       b.programs = 0;
       for (int64_t numel : b.numels) b.programs += (numel + chunk - 1) / chunk;
     }
     b.table_at = b.programs;
-    b.scalars_at = b.table_at + b.rows * (4 + optimizer.slots);
-    const int64_t words = b.scalars_at + (scalars_size + 7) / 8;
+    b.hypers_at = b.table_at + b.rows * (4 + optimizer.slots);
+    b.numbers_at = b.hypers_at + (b.capturable ? b.rows * (1 + optimizer.numbers) : 0);
+    b.scalars_at = b.numbers_at + b.groups * optimizer.numbers;
+    const int64_t words = b.capturable ? b.scalars_at : b.scalars_at + scalars_words;
     if (int64_t(b.image.size()) != words) b.current = false;
     b.words = words;
-    if (b.rows && words > b.capacity) wants.append(py::make_tuple(i, int(b.device), b.used, int(b.param), int(b.state), words));
+    if (b.rows && b.scalars_at + scalars_words > b.capacity)
+      wants.append(py::make_tuple(i, int(b.device), b.used, int(b.param), int(b.state), b.capturable, b.scalars_at + scalars_words));
   }
   if (wants.empty()) return nullptr;
   wants.insert(0, "gpu");
   return py::tuple(wants).release().ptr();
 }
 
-// Brings every image up to date. Returns ((bucket, programs, table_at, scalars_at, changed from, to, address of the image), ...), all
-// but the address in words of 8 bytes.
+// Brings every image up to date. Returns ((bucket, programs, table_at, scalars_at, changed from, to, address of the image, rows to prepare,
+// hypers_at), ...), all but the address and the counts in words of 8 bytes.
 PyObject* Plan::gpu_launches() {
   for (Bucket& b : buckets) {
     b.image.resize(size_t(b.words));
     b.changed_from = b.current ? b.words : 0, b.changed_to = b.current ? 0 : b.words;
-    b.rows = b.scalar_rows = 0, b.last_scalars = -1;
+    b.rows = b.scalar_rows = b.groups = 0, b.last_scalars = b.last_group = -1;
     if (b.current) continue;
     int64_t* work = b.image.data();
     for (size_t row = 0; row < b.numels.size(); row++)
@@ -837,7 +910,19 @@ PyObject* Plan::gpu_launches() {
       b.changed_from = std::min(b.changed_from, at / 8);
       b.changed_to = std::max(b.changed_to, (at + int64_t(size) + 7) / 8);
     };
-    if (int64_t(w.scalars) != b.last_scalars) {
+    if (b.capturable) {
+      const Group& group = groups[w.group];
+      const int64_t numbers = optimizer.numbers;
+      if (w.group != b.last_group) {
+        put(8 * (b.numbers_at + b.groups++ * numbers), group.numbers, size_t(8 * numbers));
+        b.last_group = w.group;
+      }
+      int64_t line[1 + max_numbers] = {w.count_address};
+      for (int64_t i = 0; i < numbers; i++)
+        line[1 + i] = group.addresses[i] ? group.addresses[i] : b.base + 8 * (b.numbers_at + (b.groups - 1) * numbers + i);
+      put(8 * (b.hypers_at + b.rows * (1 + numbers)), line, size_t(8 * (1 + numbers)));
+      b.scalar_rows++;
+    } else if (int64_t(w.scalars) != b.last_scalars) {
       const size_t size = scalars_size * (b.param == DType::f64 ? 8 : 4);
       put(8 * b.scalars_at + b.scalar_rows++ * int64_t(size), &scalars[w.scalars], size);
       b.last_scalars = int64_t(w.scalars);
@@ -851,8 +936,10 @@ PyObject* Plan::gpu_launches() {
   for (size_t i = 0; i < buckets.size(); i++) {
     Bucket& b = buckets[i];
     b.current = true;
-    if (!b.programs) continue;
-    launches.append(py::make_tuple(i, b.programs, b.table_at, b.scalars_at, b.changed_from, b.changed_to, reinterpret_cast<int64_t>(b.image.data())));
+    const int64_t prepared = b.capturable ? b.rows : 0;
+    if (!b.programs && !prepared) continue;
+    launches.append(py::make_tuple(i, b.programs, b.table_at, b.scalars_at, b.changed_from, b.changed_to, reinterpret_cast<int64_t>(b.image.data()),
+                                   prepared, b.hypers_at));
   }
   count_steps(gpu);
   if (launches.empty()) Py_RETURN_NONE;
@@ -867,22 +954,40 @@ int find_optimizer(const std::string& name) {
   raise(PyExc_ValueError, "no update named '" + name + "'");
 }
 
+// A plan as the Python object that an optimizer holds. A copy or a pickle of it is None: the copy makes its own.
+struct PlanObject {
+  PyObject_HEAD
+  Plan* plan;
+};
+PyTypeObject* plan_type;
+
+PyTypeObject* make_plan_type() {
+  static PyMethodDef methods[] = {
+      {"__reduce__", [](PyObject*, PyObject*) { return Py_BuildValue("O()", Py_TYPE(Py_None)); }, METH_NOARGS, nullptr}, {}};
+  static PyType_Slot slots[] = {
+      {Py_tp_dealloc, reinterpret_cast<void*>(+[](PyObject* self) {
+         PyTypeObject* type = Py_TYPE(self);
+         delete reinterpret_cast<PlanObject*>(self)->plan;
+         type->tp_free(self);
+         Py_DECREF(type);
+       })},
+      {Py_tp_methods, methods}, {}};
+  static PyType_Spec spec = {"fastopt._C.Plan", sizeof(PlanObject), 0, Py_TPFLAGS_DEFAULT, slots};
+  return reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
+}
+
 // The optimizer's own plan, made at its first step.
 Plan* plan_of(PyObject* self) {
-  PyObject* found = PyObject_GetAttr(self, names->plan);
-  if (!found) throw python_error();
-  Py_DECREF(found);                               // the optimizer, or its class, holds it
-  if (found == Py_None) {
+  py::object found = attribute(self, names->plan);          // the optimizer holds it
+  if (Py_TYPE(found.ptr()) != plan_type) {
     py::handle optimizer = self;
-    py::capsule made(new Plan(find_optimizer(py::cast<std::string>(optimizer.attr("_update")))), "fastopt.plan", [](PyObject* capsule) {
-      delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, "fastopt.plan"));
-    });
-    optimizer.attr("_plan") = made;
-    found = made.ptr();
+    const int update = find_optimizer(py::cast<std::string>(optimizer.attr("_update")));
+    found = py::reinterpret_steal<py::object>(plan_type->tp_alloc(plan_type, 0));
+    if (!found) throw python_error();
+    reinterpret_cast<PlanObject*>(found.ptr())->plan = new Plan(update);
+    optimizer.attr("_plan") = found;
   }
-  auto* plan = static_cast<Plan*>(PyCapsule_GetPointer(found, "fastopt.plan"));
-  if (!plan) throw python_error();
-  return plan;
+  return reinterpret_cast<PlanObject*>(found.ptr())->plan;
 }
 
 PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -900,6 +1005,8 @@ PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cas
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastopt;
   names = new Names();
+  plan_type = make_plan_type();
+  if (!plan_type) throw py::error_already_set();
   m.attr("torch_version") = FASTOPT_TORCH_VERSION;
   py::object step_function = py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr));
   m.attr("step") = step_function;
@@ -922,8 +1029,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("gpu_chunk") = chunk;
   m.def("gpu_type", [] { return c10::DeviceTypeName(gpu_type, true); });
   m.def("set_gpu_type", [](const std::string& type) { gpu_type = c10::Device(type).type(); });
-  m.def("set_capacity", [](py::object optimizer, size_t bucket, int64_t words) { plan_of(optimizer.ptr())->set_capacity(bucket, words); });
-  m.def("counters", [] { return std::map<std::string, int64_t>{{"allocations", allocations}, {"builds", builds}}; });
+  m.def("set_buffer", [](py::object optimizer, size_t bucket, int64_t words, int64_t address) {
+    plan_of(optimizer.ptr())->set_buffer(bucket, words, address);
+  });
+  m.def("counters", [] { return std::map<std::string, int64_t>{{"allocations", allocations}}; });
   m.def("optimizers", [] {
     std::map<std::string, std::vector<std::string>> slots;
     for (const Optimizer& o : optimizers) slots[o.name].assign(o.slot_names, o.slot_names + o.slots);

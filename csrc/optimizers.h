@@ -5,7 +5,7 @@
 //
 // An optimizer is a struct with
 //   name, has_step      as the Python class names it; whether its state counts steps
-//   keys                the entries of a param group that it reads; a tuple counts as several numbers
+//   keys                the entries of a param group that it reads: a number each, unless said otherwise
 //   slots               its state tensors; used(g) is the bit mask of those that the options of a group call for, required of
 //                       those that all do
 //   Hyper<N>            the numbers behind keys, in that order. N is double, or a type that computes on 0-dim tensors
@@ -33,10 +33,16 @@ template <class T> inline double to(double value) { return value; }
 template <class T> inline T lerp_weight(T w) { return w < T(0.5) && w > T(-0.5) ? w : w - T(1); }
 template <class T> inline T lerp_from_end(T w) { return w < T(0.5) && w > T(-0.5) ? T(0) : T(1); }
 
+enum Kind { number, pair, truth };  // truth: 1 if Python takes the value for true, else 0
+struct Key {
+  const char* name;
+  Kind kind = number;
+};
+
 struct SGD {
   static constexpr const char* name = "sgd";
   static constexpr bool has_step = false;
-  static constexpr const char* keys[] = {"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"};
+  static constexpr Key keys[] = {{"lr"}, {"momentum"}, {"dampening"}, {"weight_decay"}, {"nesterov", truth}, {"maximize", truth}};
   static constexpr const char* slots[] = {"momentum_buffer"};
   enum { momentum_buffer };
   static constexpr unsigned required = 0;
@@ -68,7 +74,7 @@ struct SGD {
 struct Adagrad {
   static constexpr const char* name = "adagrad";
   static constexpr bool has_step = true;
-  static constexpr const char* keys[] = {"lr", "lr_decay", "weight_decay", "eps", "maximize"};
+  static constexpr Key keys[] = {{"lr"}, {"lr_decay"}, {"weight_decay"}, {"eps"}, {"maximize", truth}};
   static constexpr const char* slots[] = {"sum"};
   enum { sum };
   static constexpr unsigned required = 1u << sum;
@@ -96,7 +102,7 @@ struct Adagrad {
 struct RMSprop {
   static constexpr const char* name = "rmsprop";
   static constexpr bool has_step = true;
-  static constexpr const char* keys[] = {"lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize"};
+  static constexpr Key keys[] = {{"lr"}, {"alpha"}, {"eps"}, {"weight_decay"}, {"momentum"}, {"centered", truth}, {"maximize", truth}};
   static constexpr const char* slots[] = {"square_avg", "momentum_buffer", "grad_avg"};
   enum { square_avg, momentum_buffer, grad_avg };
   static constexpr unsigned required = 1u << square_avg;
@@ -141,7 +147,8 @@ struct RMSprop {
 struct Adam {
   static constexpr const char* name = "adam";
   static constexpr bool has_step = true;
-  static constexpr const char* keys[] = {"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
+  static constexpr Key keys[] = {{"lr"}, {"betas", pair}, {"eps"}, {"weight_decay"}, {"amsgrad", truth}, {"maximize", truth},
+                                 {"decoupled_weight_decay", truth}};
   static constexpr const char* slots[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   enum { exp_avg, exp_avg_sq, max_exp_avg_sq };
   static constexpr unsigned required = 1u << exp_avg | 1u << exp_avg_sq;

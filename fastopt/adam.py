@@ -49,7 +49,7 @@ class Adam(_AdamState, torch.optim.Adam):
         amsgrad: divide by the largest v so far. Default False.
         maximize: ascend instead of descend. Default False.
         foreach, fused: as in torch.optim; the fused step runs whatever they say. Default None.
-        capturable: True is for CUDA graph capture and leaves the step to torch. Default False.
+        capturable: True reads all that may change on the GPU, for CUDA graph capture. Default False.
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
         decoupled_weight_decay: shrink the parameter instead of changing the gradient, which is AdamW. Default False.
 
@@ -99,7 +99,7 @@ class AdamW(_AdamState, torch.optim.AdamW):
         amsgrad: divide by the largest v so far. Default False.
         maximize: ascend instead of descend. Default False.
         foreach, fused: as in torch.optim; the fused step runs whatever they say. Default None.
-        capturable: True is for CUDA graph capture and leaves the step to torch. Default False.
+        capturable: True reads all that may change on the GPU, for CUDA graph capture. Default False.
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
 
     Differs from torch.optim.AdamW: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in

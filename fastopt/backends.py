@@ -6,6 +6,7 @@ import os
 import warnings
 from collections import Counter
 from importlib import import_module, metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,16 +22,27 @@ NO_EXTENSION = (
     "pip install --no-build-isolation --force-reinstall --no-deps fastopt"
 )
 
+SOURCE_TREE = (
+    "fastopt was imported from its source tree, {tree}, which has no C++ extension: every step is torch.optim's own. "
+    "Run from another directory to use the installed fastopt, or build the one here: "
+    "pip install --no-build-isolation -e ."
+)
+
 
 def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
+
+
+def _no_extension() -> str:
+    tree = Path(__file__).parent.parent
+    return SOURCE_TREE.format(tree=tree) if (tree / "setup.py").exists() else NO_EXTENSION
 
 
 def _load() -> ModuleType | None:
     try:
         extension = import_module("fastopt._C")
     except ModuleNotFoundError:
-        warnings.warn(NO_EXTENSION, RuntimeWarning, stacklevel=2)
+        warnings.warn(_no_extension(), RuntimeWarning, stacklevel=2)
         return None
     except ImportError as error:
         raise ImportError(f"{REBUILD.format(built='another torch', torch=torch.__version__)} ({error})") from error
@@ -38,7 +50,10 @@ def _load() -> ModuleType | None:
     if _minor(built) != _minor(torch.__version__):
         raise ImportError(REBUILD.format(built=f"torch {built}", torch=torch.__version__))
     if isa := os.environ.get("FASTOPT_ISA"):
-        extension.set_isa(isa)
+        try:
+            extension.set_isa(isa)
+        except ValueError as error:
+            raise ValueError(f"FASTOPT_ISA: {error}") from None
     return extension
 
 
@@ -71,5 +86,5 @@ def backend_info() -> dict[str, Any]:
         "cpu": _C.isa() if _C else "torch",
         "cpu_available": _C.isas() if _C else [],
         "threads": torch.get_num_threads(),
-        "torch_steps": dict(torch_steps) if _C else NO_EXTENSION,
+        "torch_steps": dict(torch_steps) if _C else _no_extension(),
     }

@@ -26,10 +26,14 @@ except ModuleNotFoundError as error:
         "(torch's CUDA builds bring it along)"
     ) from error
 
-Want = tuple[int, int, int, int, int, int]
-Launch = tuple[int, int, int, int, int, int, int]
+Want = tuple[int, int, int, int, int, bool, int]
+Launch = tuple[int, int, int, int, int, int, int, int, int]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of DType in csrc/core.h
+
+
+# What captured graphs read and write at every replay: a graph may outlive the optimizer that was captured.
+_held_for_graphs: list[Any] = []
 
 
 class Staging:
@@ -53,20 +57,27 @@ class Staging:
 
 
 class Bucket:
-    """The device buffer and the compiled kernel of rows that one launch serves."""
+    """The device buffer and the compiled kernels of rows that one launch serves."""
 
-    def __init__(self, algorithm: str, device: torch.device, used: int, param: int, state: int):
+    def __init__(self, algorithm: str, device: torch.device, used: int, param: int, state: int, capturable: bool):
         self.device = device
-        self.launcher = multi_tensor.update_launcher(algorithm, used, DTYPES[param], DTYPES[state], device.index or 0)
-        self.buffer = torch.empty(0, dtype=torch.int64, device=device)
+        index = device.index or 0
+        self.launcher = multi_tensor.update_launcher(algorithm, used, DTYPES[param], DTYPES[state], index)
+        self.preparer = multi_tensor.prepare_launcher(algorithm, DTYPES[param], index) if capturable else None
+        self.grow(0)
         self.staging: deque[Staging] = deque()  # in the order of use, which is that in which copies end
         self.uploads = 0
         self.uploaded_words = 0
-        self._targets: dict[tuple[int, int], torch.Tensor] = {}  # parts of the buffer; slicing takes as long as copying
 
     def grow(self, words: int) -> None:
-        self.buffer = torch.empty(words, dtype=torch.int64, device=self.device)
-        self._targets = {}
+        # Replays fill their buffer at times that the plan doesn't know; so steps outside graphs have another.
+        count = 1 if self.preparer is None else 2
+        self._buffers = [torch.empty(words, dtype=torch.int64, device=self.device) for _ in range(count)]
+        self.use(in_graph=False)
+
+    def use(self, in_graph: bool) -> None:
+        self.buffer = self._buffers[in_graph]
+        self._targets: dict[tuple[int, int], torch.Tensor] = {}  # parts of it; slicing takes as long as copying
 
     def upload(self, image: int, start: int, stop: int) -> None:
         """Words [start, stop) of the plan's image, on the current stream, through memory no copy reads any more."""
@@ -75,6 +86,18 @@ class Bucket:
         if staging is None or staging.words < words:
             staging = Staging(1 << (words - 1).bit_length(), self.device)
         self.staging.append(staging)
+        self._copy(staging, image, start, stop)
+        if staging.copied is not None:
+            staging.copied.record()
+
+    def upload_in_graph(self, image: int, words: int) -> None:
+        """The whole image, as a part of the graph being captured: at each replay, from memory that stays as it is."""
+        staging = Staging(words, self.device)
+        _held_for_graphs.append((staging, self.buffer))
+        self._copy(staging, image, 0, words)
+
+    def _copy(self, staging: Staging, image: int, start: int, stop: int) -> None:
+        words = stop - start
         ctypes.memmove(staging.address, image + 8 * start, 8 * words)
         target = self._targets.get((start, stop))
         if target is None:
@@ -82,8 +105,6 @@ class Bucket:
                 self._targets.clear()
             target = self._targets[start, stop] = self.buffer[start:stop]
         target.copy_(staging.first(words), non_blocking=True)
-        if staging.copied is not None:
-            staging.copied.record()
         self.uploads += 1
         self.uploaded_words += words
 
@@ -95,44 +116,66 @@ class Gpu:
         self.algorithm = algorithm
         self.buckets: dict[int, Bucket] = {}
         self.launches = 0
+        self._in_graph = False  # whether the last step was captured
         self._on_cuda = _C.gpu_type() == "cuda"
 
-    def refuse_capture(self, optimizer: Any) -> None:
-        """torch's error for a step under graph capture: the scalars come from the host, which a replay does not ask."""
-        if (
-            self._on_cuda
-            and torch.cuda.is_current_stream_capturing()
-            and not all(group.get("capturable") for group in optimizer.param_groups)  # else the step is torch's
-        ):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copied or pickled optimizer makes its own
+
+    def begin(self, optimizer: Any) -> None:
+        """Refuses a capture that would not be right, and has captured steps and others use buffers of their own."""
+        capturing = self._on_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing and not all(group.get("capturable") for group in optimizer.param_groups):
+            kind = type(optimizer).__name__
+            if "capturable" not in optimizer.defaults:
+                raise RuntimeError(f"{kind} cannot be captured in a CUDA graph: torch's has no capturable option")
             raise RuntimeError(
-                f"Attempting CUDA graph capture of step() for an instance of {type(optimizer).__name__} "
+                f"Attempting CUDA graph capture of step() for an instance of {kind} "
                 "but param_groups' capturable is False."
             )
+        if capturing != self._in_graph:
+            self._in_graph = capturing
+            for number, bucket in self.buckets.items():
+                bucket.use(capturing)
+                _C.set_buffer(optimizer, number, bucket.buffer.numel(), bucket.buffer.data_ptr())
 
     def prepare(self, optimizer: Any, wants: tuple[Want, ...]) -> None:
         """Compiles kernels and makes buffers, before anything is written."""
-        for number, index, used, param, state, words in wants:
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(NOT_WARM)
+        for number, index, used, param, state, capturable, words in wants:
             device = torch.device(_C.gpu_type(), index)
             with _current(device):
                 bucket = self.buckets.get(number)
                 if bucket is None:
-                    bucket = self.buckets[number] = Bucket(self.algorithm, device, used, param, state)
+                    bucket = self.buckets[number] = Bucket(self.algorithm, device, used, param, state, capturable)
                 if bucket.buffer.numel() < words:
                     bucket.grow(words * 2 if bucket.buffer.numel() else words)
-            _C.set_capacity(optimizer, number, bucket.buffer.numel())
+            _C.set_buffer(optimizer, number, bucket.buffer.numel(), bucket.buffer.data_ptr())
 
     def run(self, launches: tuple[Launch, ...]) -> None:
-        for number, programs, table_at, scalars_at, start, stop, image in launches:
+        for number, programs, table_at, scalars_at, start, stop, image, rows, hypers_at in launches:
             bucket = self.buckets[number]
             with _current(bucket.device):
-                if start < stop:
+                if self._in_graph:
+                    bucket.upload_in_graph(image, scalars_at)
+                elif start < stop:
                     bucket.upload(image, start, stop)
                 base = bucket.buffer.data_ptr()
                 stream = multi_tensor.driver.active.get_current_stream(bucket.device.index or 0)
-                bucket.launcher.launch(programs, stream, base, base + 8 * table_at, base + 8 * scalars_at)
+                scalars = base + 8 * scalars_at
+                if bucket.preparer is not None:
+                    bucket.preparer.launch(rows, stream, base + 8 * hypers_at, scalars)
+                if programs:
+                    bucket.launcher.launch(programs, stream, base, base + 8 * table_at, scalars)
             self.launches += 1
 
 
+NOT_WARM = (
+    "step() was captured in a CUDA graph before it ran outside of one with the same parameters and options: "
+    "state, kernels and buffers are made at such a step. Run one or more before the capture, as torch's notes on "
+    "CUDA graphs say (warm-up)."
+)
 _no_switch = contextlib.nullcontext()
 
 

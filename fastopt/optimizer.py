@@ -63,7 +63,7 @@ class FusedStep(_Base):
     def _new_state(self, group: Group, param: Tensor) -> dict[str, Tensor]:
         state = {}
         if self._has_step():
-            state["step"] = torch.tensor(0.0, dtype=_step_dtype(), device="cpu")  # also under torch.set_default_device
+            state["step"] = _step_count(0.0, group, param)
         for name, value in self._slots(group).items():
             state[name] = torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
         return state
@@ -71,11 +71,15 @@ class FusedStep(_Base):
     @_disable_dynamo
     @torch.no_grad()
     def _make_state(self, missing: list[tuple[Group, Tensor]]) -> None:
-        """Makes the state of parameters at their first step, or a step count that was a number."""
+        """Makes the state of parameters at their first step, or a step count that was a number or elsewhere."""
+        if any(param.device.type == "cuda" for _, param in missing) and torch.cuda.is_current_stream_capturing():
+            from .gpu import NOT_WARM
+
+            raise RuntimeError(NOT_WARM)  # a replay would make it again
         for group, param in missing:
             state = self.state[param]
             if self._has_step() and state:
-                state["step"] = torch.tensor(float(state["step"]), dtype=_step_dtype(), device="cpu")
+                state["step"] = _step_count(float(state["step"]), group, param)
             else:
                 new = self._new_state(group, param)
                 state.update({name: value for name, value in new.items() if state.get(name) is None})
@@ -132,7 +136,8 @@ class FusedStep(_Base):
             if value is None and not self._has_step():
                 continue  # as torch: made at the next step
             if value is None:
-                raise ValueError(f"loaded state of parameter {key} has no {name!r}, only {sorted(entry)}")
+                found = sorted(str(key) for key, value in entry.items() if value is not None)
+                raise ValueError(f"loaded state of parameter {key} has no {name!r}, only {found}")
             if name == "step":
                 if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
                     raise ValueError(f"loaded 'step' of parameter {key} is no number: {value!r}")
@@ -178,7 +183,7 @@ class FusedStep(_Base):
             with torch.enable_grad():
                 loss = closure()
         if self._gpu is not None:
-            self._gpu.refuse_capture(self)
+            self._gpu.begin(self)
         rest = _C.step(self)
         if rest is not None:
             if type(rest) is tuple and self._gpu is not None and rest[0] != "gpu":
@@ -191,6 +196,7 @@ class FusedStep(_Base):
     def _finish(self, rest: Any) -> None:
         """What the plan could not do by itself: new state, GPU kernels and buffers, torch's own step for a reason."""
         made: list[tuple[Tensor, dict[str, Any] | None]] = []  # parameters and what their state was before
+        fresh: list[Tensor] = []  # the same parameters, until the plan writes
         try:
             while isinstance(rest, list) or (isinstance(rest, tuple) and rest[0] == "gpu"):
                 if isinstance(rest, tuple):
@@ -198,11 +204,13 @@ class FusedStep(_Base):
                 elif made:
                     raise RuntimeError("state could not be made for a parameter: its step count must be a number")
                 else:
-                    made = [(param, dict(self.state[param]) if param in self.state else None) for _, param in rest]
+                    fresh = list(dict.fromkeys(param for _, param in rest))
+                    made = [(param, dict(self.state[param]) if param in self.state else None) for param in fresh]
                     self._make_state(rest)
-                rest = _C.step(self, [param for param, _ in made])
+                rest = _C.step(self, fresh)
         except BaseException:
-            self._unmake_state(made)
+            if fresh:
+                self._unmake_state(made)
             raise
         if isinstance(rest, str):
             self._unmake_state(made)  # torch makes its own
@@ -213,7 +221,7 @@ class FusedStep(_Base):
     def _unmake_state(self, made: list[tuple[Tensor, dict[str, Any] | None]]) -> None:
         for param, before in made:
             if before is None:
-                del self.state[param]
+                self.state.pop(param, None)
             else:
                 self.state[param].clear()
                 self.state[param].update(before)
@@ -223,7 +231,7 @@ class FusedStep(_Base):
 
         if self._gpu is None:
             gpu = Gpu(self._update)
-            gpu.refuse_capture(self)
+            gpu.begin(self)
             self._gpu = gpu
         self._gpu.prepare(self, wants)
 
@@ -274,8 +282,10 @@ if _C is None:
     delattr(FusedStep, "step")  # without the extension, torch's own is inherited
 
 
-def _step_dtype() -> torch.dtype:
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+def _step_count(value: float, group: Group, param: Tensor) -> Tensor:
+    """As torch makes them: read by the host, or by a captured graph."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.tensor(value, dtype=dtype, device=param.device if group.get("capturable") else "cpu")
 
 
 def same_dtype(param: Tensor) -> Exception | None:

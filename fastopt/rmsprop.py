@@ -35,7 +35,7 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
         weight_decay: L2 penalty, added to the gradient; a number >= 0. Default 0.
         momentum: how much of the buffer is kept at a step, a number >= 0. Default 0.
         centered: divide by the standard deviation instead. Default False.
-        capturable: True is for CUDA graph capture and leaves the step to torch. Default False.
+        capturable: True reads all that may change on the GPU, for CUDA graph capture. Default False.
         foreach: as in torch.optim; the fused step runs whatever it says. Default None.
         maximize: ascend instead of descend. Default False.
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.

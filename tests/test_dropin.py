@@ -126,19 +126,112 @@ def test_added_groups_with_names(row):
 
 @every_row
 def test_parameter_listed_twice_warns(row):
-    """Not SGD's first step with momentum: torch gives the momentum two beginnings there."""
 
     def scenario(make):
+        param, empty = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0))
+        optimizer = make([param, param, empty, empty])
+        snapshots = []
+        for t in range(3):
+            param.grad, empty.grad = torch.ones(3), torch.ones(0)
+            optimizer.step()
+            snapshots.append(snapshot(optimizer))
+            for state in optimizer.state.values():
+                if t == 1 and "step" in state:
+                    state["step"].fill_(2.0**24 - 1)  # the last that float32 counts
+        return snapshots
+
+    same_as_torch(row, scenario)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        row.ours([nn.Parameter(torch.ones(1))] * 2, **row.plain)
+
+
+@every_row
+def test_gradient_in_the_memory_of_a_parameter(row):
+    """Parameters are stepped one after the other then, whichever thread works on them."""
+
+    def scenario(make):
+        first, second = nn.Parameter(torch.randn(100_000)), nn.Parameter(torch.randn(100_000))
+        optimizer = make([first, second])
+        for _ in range(3):
+            first.grad, second.grad = torch.randn(100_000), first.detach()
+            optimizer.step()
+        return snapshot(optimizer)
+
+    same_as_torch(row, scenario)
+
+
+class Dynamic(dict):
+    def __getitem__(self, key):
+        return 0.5 if key == "lr" else super().__getitem__(key)
+
+
+class OwnGrad(nn.Parameter):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def grad(self):
+        return torch.full((3,), 2.0)
+
+    @grad.setter
+    def grad(self, value):
+        pass
+
+
+@every_row
+def test_what_python_would_look_up_otherwise(row):
+    """Groups with a __getitem__ of their own, and parameters with a grad of their own, are torch's to read."""
+
+    def dynamic_lr(make):
         param = nn.Parameter(torch.ones(3))
-        optimizer = make([param, param])
+        optimizer = make([param])
+        optimizer.param_groups[0] = Dynamic(optimizer.param_groups[0])
         param.grad = torch.ones(3)
         optimizer.step()
         return snapshot(optimizer)
 
-    plain = {"lr": 0.1} if row.name == "SGD" else row.plain
-    same_as_torch(row, scenario, plain, plain)
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        row.ours([nn.Parameter(torch.ones(1))] * 2, **row.plain)
+    def own_grad(make):
+        optimizer = make([OwnGrad(torch.ones(3))])
+        optimizer.step()
+        return snapshot(optimizer)
+
+    same_as_torch(row, dynamic_lr)
+    same_as_torch(row, own_grad)
+
+
+@every_row
+def test_state_of_the_python_object_is_copied(row):
+    """By a __getstate__ that takes __dict__ as it is."""
+
+    class Mine(row.ours):
+        def __getstate__(self):
+            return self.__dict__.copy()
+
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = Mine([param], **row.plain)
+    optimizer.step()
+    again = copy.deepcopy(optimizer)
+    (twin,) = again.param_groups[0]["params"]
+    for kind in (optimizer, again):
+        twin.grad = torch.ones(3)
+        kind.step()
+    assert torch.equal(param.detach(), twin.detach())
+    assert pickle.loads(pickle.dumps(optimizer._plan)) is None
+
+
+@every_row
+def test_step_inside_a_torch_func_transform(row):
+    """Is refused by torch: the transform would not see it."""
+
+    def scenario(make):
+        param = nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = make([param])
+        with pytest.raises(RuntimeError):
+            torch.func.grad(lambda x: (optimizer.step(), (x**2).sum())[1])(torch.ones(3))
+        return [param.detach().clone()]
+
+    same_as_torch(row, scenario)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

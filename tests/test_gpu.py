@@ -32,6 +32,9 @@ from fastopt import gpu as backend  # noqa: E402
 from .tools import driver  # noqa: E402
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+capturable_rows = pytest.mark.parametrize(
+    "row", [row for row in ROWS if "capturable" in row.theirs([torch.zeros(1)]).defaults], ids=lambda row: row.name
+)
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32)]  # of param and grad, of state
@@ -43,14 +46,16 @@ SIZES = [0, 1, 3, 4, 7, 16, 31, 33, 127, 129, 255, CHUNK + 1]
 @contextlib.contextmanager
 def triton_serves_cpu_tensors(arch=90, **options):
     """The stand-in driver as an sm_`arch`; nothing of it is left afterwards. `options` are the driver's."""
-    multi_tensor.update_launcher.cache_clear()  # of another architecture
+    for launchers in (multi_tensor.update_launcher, multi_tensor.prepare_launcher):
+        launchers.cache_clear()  # of another architecture
     with driver.installed(arch, **options) as stand_in:
         fastopt._C.set_gpu_type("cpu")
         try:
             yield stand_in
         finally:
             fastopt._C.set_gpu_type("cuda")
-            multi_tensor.update_launcher.cache_clear()
+            for launchers in (multi_tensor.update_launcher, multi_tensor.prepare_launcher):
+                launchers.cache_clear()
 
 
 @pytest.fixture
@@ -84,14 +89,14 @@ def values(size, dtype, number, device):
     return storage.to(device, dtype)[offset:]
 
 
-def table_of_groups(row, dtype, constructor, device):
+def table_of_groups(row, dtype, constructor, device, as_group):
     """A param group for each combination of the row's options that has these options of the constructor."""
     groups, numbers = [], itertools.count()
     for options in row.combinations():
         if constructor == {name: options[name] for name in row.constructor_only if name in options}:
             sizes = [(number, SIZES[number % len(SIZES)]) for number in itertools.islice(numbers, 2)]
             params = [torch.nn.Parameter(values(size, dtype, number, device)) for number, size in sizes]
-            groups.append({**options, "params": params})
+            groups.append({**as_group(options), "params": params})
     transposed = torch.randn(7, 9).to(device, dtype).t()
     groups[-1]["params"].append(torch.nn.Parameter(transposed.clone(memory_format=torch.preserve_format)))
     return groups
@@ -103,10 +108,10 @@ def constructor_options(row):
     return [options for number, options in enumerate(found) if options not in found[:number]]
 
 
-def drive_table(row, dtype, state_dtype, constructor, device="cpu", watch=lambda optimizer: None):
+def drive_table(row, dtype, state_dtype, constructor, device="cpu", watch=lambda optimizer: None, as_group=dict):
     """Four steps, in which parameters take turns to be left out: snapshots after each, and the launches they need."""
     torch.manual_seed(0)
-    optimizer = row.ours(table_of_groups(row, dtype, constructor, device), **constructor)
+    optimizer = row.ours(table_of_groups(row, dtype, constructor, device, as_group), **constructor)
     params = params_of(optimizer)
     watch(optimizer)
     snapshots, launches = [], 0
@@ -367,12 +372,170 @@ def test_memory_that_a_copy_may_still_read_is_not_written(gpu, monkeypatch):
     assert_same_bits(param, other)
 
 
+# ---- capturable=True: what may change is read on the device
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F64, F64)], ids=lambda dtypes: str(dtypes[0])[6:])
+@capturable_rows
+def test_capturable_has_the_bits_of_scalars_from_the_host(row, dtypes, gpu):
+    """Over all options; but for the last bit of fp64, in which the powers of beta are not one function everywhere.
+
+    A tensor counts as the number it holds, whereas on the host the arithmetic of its dtype is used, as torch does.
+    """
+
+    def with_numbers(options):
+        def number(value):
+            return tuple(map(number, value)) if isinstance(value, tuple) else getattr(value, "item", lambda: value)()
+
+        return {name: number(value) for name, value in options.items()}
+
+    for constructor in constructor_options(row):
+        torch.manual_seed(0)
+        expected, _ = drive_table(row, *dtypes, constructor, as_group=with_numbers)
+        before = len(gpu.launches)
+        actual, launches = drive_table(
+            row, *dtypes, constructor, as_group=lambda options: {**options, "capturable": True}
+        )
+        assert launches < len(gpu.launches) - before <= 2 * launches + 4  # of prepare, for tensors without elements too
+        assert fastopt.backend_info()["torch_steps"].get(f"{row.name}: capturable=True", 0) == 0
+        if dtypes[0] != F64:
+            assert_same_bits(actual, expected, row.name)
+        else:
+            torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-15, equal_nan=True)
+
+
+@capturable_rows
+def test_capturable_takes_tensors_and_steps_of_its_own(row, gpu):
+    """lr as a tensor is read where it is, fp32 or fp64; step counts may differ, and be what a checkpoint left."""
+    results = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(5)) for _ in range(4)]
+        lr = [torch.tensor(0.1, dtype=dtype) if capturable else 0.1 for dtype in (F32, F64)]
+        groups = [{"params": params[:2], "lr": lr[0]}, {"params": params[2:], "lr": lr[1]}]
+        optimizer = row.ours(groups, capturable=capturable)
+        for t in range(4):
+            for number, param in enumerate(params):
+                param.grad = torch.randn(5) if t or number % 2 else None
+            if t == 2:
+                optimizer.state[params[0]]["step"] = 7  # as in old files
+                optimizer.state[params[1]]["step"] = torch.tensor(7.0, dtype=F64)
+            optimizer.step()
+            for group, dtype in zip(optimizer.param_groups, (F32, F64), strict=True):
+                if capturable:
+                    group["lr"].mul_(0.5)
+                else:
+                    group["lr"] = (torch.tensor(group["lr"], dtype=dtype) * 0.5).item()
+        versions = [optimizer.state[param]["step"]._version for param in params]
+        results.append([snapshot(optimizer), versions])
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=2e-7, atol=0)
+    assert results[1][1] == results[0][1]
+
+
+class Graph:
+    """What a CUDA graph does with copies and launches: none runs at the capture, all of them at each replay."""
+
+    def __init__(self, monkeypatch):
+        self.work, self.monkeypatch = [], monkeypatch
+
+    @contextlib.contextmanager
+    def capture(self):
+        def record(function):
+            return lambda *args, **options: self.work.append(lambda: function(*args, **options))
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            patch.setattr(torch.Tensor, "copy_", record(torch.Tensor.copy_))
+            patch.setattr(multi_tensor.Launcher, "launch", record(multi_tensor.Launcher.launch))
+            yield
+
+    def replay(self):
+        for run in self.work:
+            run()
+
+
+@capturable_rows
+def test_graphs_replay_steps(row, gpu, monkeypatch):
+    """Two graphs, steps between their replays, one lr for all: as the same steps without graphs."""
+
+    def run(use_graphs):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size)) for size in (3, 40, CHUNK + 5)]
+        lr = torch.tensor(0.1)
+        groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}]
+        optimizer = row.ours(groups, lr=lr, capturable=True)
+        grads = [[torch.empty_like(param) for param in params] for _ in range(3)]
+
+        def step_with(number):
+            for param, grad in zip(params, grads[number], strict=True):
+                param.grad = grad
+            optimizer.step()
+
+        def fill():
+            for grad in itertools.chain(*grads):
+                grad.normal_()
+            lr.mul_(0.9)
+
+        fill()
+        step_with(0)
+        ways = [lambda number=number: step_with(number) for number in range(3)]
+        if use_graphs:
+            monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+            for number in (1, 2):
+                graph = Graph(monkeypatch)
+                before = snapshot(optimizer)
+                with graph.capture():
+                    step_with(number)
+                assert_same_bits(snapshot(optimizer), before, row.name)
+                assert [optimizer._gpu._in_graph, bool(graph.work)] == [True, True]
+                ways[number] = graph.replay
+        for number in (1, 2, 0, 1, 0, 0, 2, 2, 0):
+            fill()
+            ways[number]()
+        return snapshot(optimizer)
+
+    assert_same_bits(run(True), run(False), row.name)
+
+
+@capturable_rows
+def test_capture_before_a_first_step_is_refused(row, gpu, monkeypatch):
+    """State and buffers made in a graph would be made again at each replay."""
+    optimizer, params = stepped(row, capturable=True)
+    monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+    new = torch.nn.Parameter(torch.ones(CHUNK * 9))
+    new.grad = torch.ones_like(new)
+    optimizer.add_param_group({"params": [new]})
+    before = snapshot(optimizer)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="captured in a CUDA graph before it ran outside"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before, row.name)
+    assert new not in optimizer.state
+
+
+@capturable_rows
+def test_hot_capturable_step_uploads_and_allocates_nothing(row, idle_gpu):
+    """Not the scalars either: a growing step is none of the host's."""
+    optimizer, params = stepped(row, capturable=True)
+    optimizer.step()
+    (bucket,) = buckets(optimizer)
+    counters, uploads = fastopt._C.counters(), bucket.uploads
+    for _ in range(5):
+        optimizer.step()
+    assert (fastopt._C.counters(), bucket.uploads) == (counters, uploads)
+    optimizer.param_groups[0]["lr"] *= 0.5
+    before = bucket.uploaded_words
+    optimizer.step()
+    assert bucket.uploads == uploads + 1 and bucket.uploaded_words - before <= 8  # the numbers of the group
+
+
 # ---- what is refused, and what is torch's
 
 
-def stepped(row, count=3):
+def stepped(row, count=3, **options):
     params = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(count)]
-    optimizer = row.ours(params, **row.plain)
+    optimizer = row.ours(params, **row.plain, **options)
     for param in params:
         param.grad = torch.randn(4, 3)
     optimizer.step()
@@ -463,6 +626,9 @@ def test_states_of_unlike_dtypes_are_torchs(gpu):
 def test_capture_is_refused(row, gpu, monkeypatch):
     """A graph would replay this step's scalars for ever: torch's error, at a first step and later; nothing changed."""
     optimizer, params = stepped(row)
+    why = f"capture of step.. for an instance of {row.name} but .* capturable is False"
+    if "capturable" not in optimizer.defaults:
+        why = f"{row.name} cannot be captured in a CUDA graph"
     before, launches = snapshot(optimizer), len(gpu.launches)
     new = torch.nn.Parameter(torch.ones(3))
     first = row.ours([new], **row.plain)
@@ -471,11 +637,11 @@ def test_capture_is_refused(row, gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(backend.Gpu, "_on_cuda", True, raising=False)
     monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
-    with pytest.raises(RuntimeError, match=f"capture of step.. for an instance of {row.name} but .* is False"):
+    with pytest.raises(RuntimeError, match=why):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before, row.name)
     monkeypatch.setattr(fastopt._C, "gpu_type", lambda: "cuda")
-    with pytest.raises(RuntimeError, match="capturable is False"):
+    with pytest.raises(RuntimeError, match=why):
         first.step()
     assert torch.equal(new.detach(), torch.ones(3)) and len(first.state) == entries and first._gpu is None
     assert len(gpu.launches) == launches
