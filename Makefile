@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # torch's CUDA builds ask for one version of Triton, its CPU builds for none; there is none for macOS
 TRITON ?= $(if $(filter Darwin,$(shell uname)),,triton>=3.6,<3.10)
+OTHER_TRITON ?= 3.7.1
 CXX ?= g++
 PY := $(VENV)/bin/python
 CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -pthread
@@ -14,7 +15,7 @@ CORE_DEPS := $(CORE) csrc/core.h csrc/apply.h csrc/optimizers.h
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup setup-arm demo test pytest test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
+.PHONY: help setup setup-arm demo test pytest pytest-triton test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,10 +44,16 @@ demo: setup  ## train with fastopt beside torch.optim; prints a table, writes a 
 
 # ---- tests
 
-test: lint native pytest  ## everything CI runs
+test: lint native pytest pytest-triton  ## everything CI runs
 
 pytest: setup
 	$(PY) -m pytest
+
+pytest-triton: setup $(if $(TRITON),$(VENV)/triton-$(OTHER_TRITON)/triton)  ## the kernels under another Triton
+	$(if $(TRITON),PYTHONPATH=$(VENV)/triton-$(OTHER_TRITON) $(PY) -m pytest tests/test_kernels.py)
+
+$(VENV)/triton-$(OTHER_TRITON)/triton: $(VENV)/tools
+	$(PY) -m pip install --quiet --no-deps --target $(VENV)/triton-$(OTHER_TRITON) triton==$(OTHER_TRITON)
 
 test-long: setup  ## the slow tests: wheel and sdist, distributed, frameworks, memory
 	$(PY) -m pytest -m slow

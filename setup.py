@@ -36,6 +36,10 @@ def extension():
         )
 
     class Build(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # without ninja, setuptools would install what build/ has of another torch or other flags
+
         def build_extensions(self):
             compiler = os.environ.get("CXX", "c++").split()[0]
             if shutil.which(compiler) is None:

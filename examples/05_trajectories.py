@@ -165,6 +165,7 @@ def layout():
             lines[name, place] = axis.plot(*nothing, "o-", color=COLOURS[name], linewidth=width, markersize=width + 1.5,
                                            label=name, zorder=10)[0]
     figure.legend(handles=[lines[name, 0] for name in WIDTHS], loc="outside lower center", ncols=len(WIDTHS))
+    figure.draw_artist(axes[2])  # before matplotlib 3.11, ticks in three dimensions find their places by being drawn
     figure.canvas.draw()
     figure.set_layout_engine("none")  # places are settled: working them out again for each frame is slow
     return figure, axes, lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .optimizer import FusedStep, Group
@@ -54,3 +56,13 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
 
     def _slots(self, group: Group) -> dict[str, float]:
         return {"sum": self.defaults["initial_accumulator_value"]}
+
+    def _init_group(self, group: Group, *lists: Any) -> Any:
+        """Torch's step calls it. Torch 2.10 makes state in the constructor only: it would fail half-way without."""
+        options = {name: group[name] for name in ("fused", "differentiable")}
+        options["initial_accumulator_value"] = self.defaults["initial_accumulator_value"]
+        for param in group["params"]:
+            if param.grad is not None and not self.state[param]:
+                self.state[param] = torch.optim.Adagrad([param], **options).state[param]
+        init_group: Any = super()._init_group
+        return init_group(group, *lists)

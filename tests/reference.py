@@ -15,6 +15,20 @@ import torch
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+if torch.__version__ < "2.13":  # Adagrad may make state in its constructor only; the contract is what it does since
+    _init_group = torch.optim.Adagrad._init_group
+
+    def _init_group_with_state(self, group, *lists):
+        if type(self) is torch.optim.Adagrad:  # not fastopt's, which has to do without
+            initial = self.defaults["initial_accumulator_value"]
+            for param in group["params"]:
+                if param.grad is not None and not self.state[param]:
+                    self.state[param] = torch.optim.Adagrad([param], initial_accumulator_value=initial).state[param]
+        return _init_group(self, group, *lists)
+
+    torch.optim.Adagrad._init_group = _init_group_with_state
+
+
 @contextlib.contextmanager
 def correctly_rounded_sqrt():
     """`sqrt`, `sqrt_` and `torch.sqrt` of CPU tensors are numpy's while this is open."""

@@ -790,6 +790,13 @@ def complex_parameters(make):
     return drive(optimizer, [[torch.randn(5, dtype=torch.complex64), torch.randn(2)] for _ in range(3)])
 
 
+def complex_parameter_added(make):
+    optimizer = make([nn.Parameter(torch.randn(5))])
+    snapshots = drive(optimizer, [[torch.randn(5)]])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.randn(2, dtype=torch.complex64))]})
+    return snapshots + drive(optimizer, [[torch.randn(5), torch.randn(2, dtype=torch.complex64)] for _ in range(3)])
+
+
 def parameter_with_grad_dtype(make):
     """A parameter with another `grad_dtype` has gradients of that dtype."""
     param = nn.Parameter(torch.randn(5))
@@ -809,6 +816,7 @@ OUTSIDE = {
     subclass: "subclass",
     dispatch_mode: "dispatch mode",
     complex_parameters: "complex",
+    complex_parameter_added: "complex",
     differentiable: "differentiable",
 }
 

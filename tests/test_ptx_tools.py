@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from decimal import Decimal, localcontext
+from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -100,7 +100,7 @@ def square_root(kind):
     def reference(a):
         if not 0 < a < math.inf:
             return a if a == 0 or a > 0 else math.nan
-        with localcontext(prec=100):
+        with localcontext(Context(prec=100)):
             return rounded(Fraction(Decimal(a).sqrt()), kind)
 
     return reference
