@@ -15,7 +15,7 @@ CORE_DEPS := $(CORE) csrc/core.h csrc/apply.h csrc/optimizers.h
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup setup-arm demo test pytest pytest-triton test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
+.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,9 @@ setup: $(VENV)/installed  ## a virtual environment in .venv with torch, triton a
 
 setup-arm:  ## what native-arm needs, on Debian and Ubuntu
 	sudo apt-get update -q && sudo apt-get install -yq g++-aarch64-linux-gnu qemu-user
+
+setup-macos:  ## what a build on macOS needs beside Apple's compiler
+	brew install libomp
 
 # ---- the main job
 

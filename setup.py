@@ -15,10 +15,14 @@ NO_COMPILER = (
     "(Debian/Ubuntu: apt-get install g++, macOS: xcode-select --install), or install without the extension, on torch's "
     "own slower step: FASTOPT_NO_EXTENSION=1 pip install --no-build-isolation ."
 )
+# at::parallel_for is serial without OpenMP. torch's wheels have the library; Apple's clang lacks even the header.
+OPENMP = ["-fopenmp"], ["-fopenmp"]
+if sys.platform == "darwin":
+    prefix = os.environ.get("OMP_PREFIX", "/opt/homebrew/opt/libomp")
+    OPENMP = ["-Xclang", "-fopenmp", f"-I{prefix}/include"], ["-lomp"]
 COMPILE_ARGS = [
     "-O3",
     "-fvisibility=hidden",
-    "-fopenmp",  # at::parallel_for is serial without it
     "-ffp-contract=off",  # the bits of a step are a contract: docs/numerics.md
     "-fno-math-errno",  # with errno, sqrt does not vectorise
     "-fno-trapping-math",
@@ -56,8 +60,8 @@ def extension():
                 "fastopt._C",
                 ["csrc/bind.cpp", "csrc/isa.cpp", "csrc/isa_avx2.cpp", "csrc/isa_avx512.cpp"],
                 define_macros=[("FASTOPT_TORCH_VERSION", f'"{version}"')],
-                extra_compile_args=COMPILE_ARGS + os.environ.get("FASTOPT_CXXFLAGS", "").split(),
-                extra_link_args=["-fopenmp"],
+                extra_compile_args=COMPILE_ARGS + OPENMP[0] + os.environ.get("FASTOPT_CXXFLAGS", "").split(),
+                extra_link_args=OPENMP[1],
                 depends=[f"csrc/{name}.h" for name in ("core", "apply", "optimizers")],
             )
         ],
