@@ -370,10 +370,9 @@ void Plan::add_missing(PyObject* group_dict, PyObject* param) {
 c10::DeviceIndex index_of(c10::Device gpu) { return gpu.has_index() ? gpu.index() : c10::DeviceIndex(0); }
 
 // The address of a number on the GPU as kernels/multi_tensor.py wants it: 1 is added for fp32.
-int64_t device_number(at::TensorImpl* t, const char* name, size_t group) {
+int64_t device_number(at::TensorImpl* t) {
   DType dtype;
-  if (!dtype_of(t, dtype) || (dtype != DType::f32 && dtype != DType::f64))
-    raise(PyExc_TypeError, c10::str("Tensor ", name, " of param group ", group, " must be float32 or float64 on ", t->device(), ", not ", t->dtype()));
+  if (!dtype_of(t, dtype) || (dtype != DType::f32 && dtype != DType::f64)) throw Outside{"a hyper-parameter on a GPU is neither float32 nor float64"};
   const char* first = static_cast<const char*>(t->unsafe_storage().unsafeGetStorageImpl()->data());
   return reinterpret_cast<int64_t>(first + t->storage_offset() * itemsize(dtype)) + (dtype == DType::f32);
 }
@@ -395,7 +394,7 @@ void Plan::read_group(PyObject* dict, size_t at, bool capturable) {
       if (!is_plain(tensor.unsafeGetTensorImpl()) && tensor.key_set().has(c10::DispatchKey::Python)) throw Outside{"a hyper-parameter is a tensor subclass"};
       if (tensor.numel() != 1) raise(PyExc_ValueError, c10::str("Tensor ", key, " of param group ", at, " must be 1-element, not of shape ", tensor.sizes()));
       if (capturable && tensor.device().type() == gpu_type) {
-        group.addresses[n] = device_number(tensor.unsafeGetTensorImpl(), key, at);
+        group.addresses[n] = device_number(tensor.unsafeGetTensorImpl());
         const c10::DeviceIndex device = index_of(tensor.device());
         if (group.device >= 0 && group.device != device) throw Outside{"hyper-parameters of a param group are on several GPUs"};
         group.device = device;
@@ -432,6 +431,13 @@ void Plan::read_group(PyObject* dict, size_t at, bool capturable) {
     }
   }
   group.used = optimizer.used(group.numbers);
+  for (int i = 0; i < n; i++)
+    if (group.addresses[i]) {                        // the number is not known here: it must not decide on the state
+      double other[max_numbers];
+      std::copy_n(group.numbers, max_numbers, other);
+      other[i] = 1;
+      if (optimizer.used(other) != group.used) throw Outside{"a hyper-parameter on a GPU decides on the state"};
+    }
   group.last_t[0] = group.last_t[1] = std::nan("");  // equal to no count
   group.values = -1;
   if (tensors) {

@@ -42,7 +42,8 @@ class Staging:
     def __init__(self, words: int, device: torch.device):
         on_gpu = device.type != "cpu"
         self.words = words
-        self.memory = torch.empty(words, dtype=torch.int64, pin_memory=on_gpu)
+        with torch.inference_mode(False):  # it will be used outside too
+            self.memory = torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self.address = self.memory.data_ptr()
         self.copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._first = self.memory
@@ -64,6 +65,8 @@ class Bucket:
         index = device.index or 0
         self.launcher = multi_tensor.update_launcher(algorithm, used, DTYPES[param], DTYPES[state], index)
         self.preparer = multi_tensor.prepare_launcher(algorithm, DTYPES[param], index) if capturable else None
+        self._buffers: list[torch.Tensor] = []
+        self._for_graph: Staging | None = None  # made ahead: older torch cannot make page-locked memory in a capture
         self.grow(0)
         self.staging: deque[Staging] = deque()  # in the order of use, which is that in which copies end
         self.uploads = 0
@@ -72,12 +75,21 @@ class Bucket:
     def grow(self, words: int) -> None:
         # Replays fill their buffer at times that the plan doesn't know; so steps outside graphs have another.
         count = 1 if self.preparer is None else 2
-        self._buffers = [torch.empty(words, dtype=torch.int64, device=self.device) for _ in range(count)]
+        with torch.inference_mode(False):
+            buffers = [torch.empty(words, dtype=torch.int64, device=self.device) for _ in range(count)]
+        if self.device.type != "cpu":
+            for old in self._buffers:  # a launch may still read it, and on another stream than it was made on
+                old.record_stream(torch.cuda.current_stream())
+        self._buffers = buffers
         self.use(in_graph=False)
 
     def use(self, in_graph: bool) -> None:
-        self.buffer = self._buffers[in_graph]
+        self.buffer = self._buffers[in_graph and self.preparer is not None]  # without one it is never captured
         self._targets: dict[tuple[int, int], torch.Tensor] = {}  # parts of it; slicing takes as long as copying
+        if self.preparer is not None and not in_graph:
+            words = self.buffer.numel()
+            if self._for_graph is None or self._for_graph.words < words:
+                self._for_graph = Staging(words, self.device)
 
     def upload(self, image: int, start: int, stop: int) -> None:
         """Words [start, stop) of the plan's image, on the current stream, through memory no copy reads any more."""
@@ -92,7 +104,7 @@ class Bucket:
 
     def upload_in_graph(self, image: int, words: int) -> None:
         """The whole image, as a part of the graph being captured: at each replay, from memory that stays as it is."""
-        staging = Staging(words, self.device)
+        staging, self._for_graph = self._for_graph or Staging(words, self.device), None
         _held_for_graphs.append((staging, self.buffer))
         self._copy(staging, image, 0, words)
 
@@ -135,9 +147,9 @@ class Gpu:
             )
         if capturing != self._in_graph:
             self._in_graph = capturing
-            for number, bucket in self.buckets.items():
+            for bucket in self.buckets.values():
                 bucket.use(capturing)
-                _C.set_buffer(optimizer, number, bucket.buffer.numel(), bucket.buffer.data_ptr())
+            self._use_buffers(optimizer)
 
     def prepare(self, optimizer: Any, wants: tuple[Want, ...]) -> None:
         """Compiles kernels and makes buffers, before anything is written."""
@@ -153,7 +165,19 @@ class Gpu:
                     bucket.grow(words * 2 if bucket.buffer.numel() else words)
             _C.set_buffer(optimizer, number, bucket.buffer.numel(), bucket.buffer.data_ptr())
 
-    def run(self, launches: tuple[Launch, ...]) -> None:
+    def _use_buffers(self, optimizer: Any) -> None:
+        """Has the plan hand over whole images at the next step."""
+        for number, bucket in self.buckets.items():
+            _C.set_buffer(optimizer, number, bucket.buffer.numel(), bucket.buffer.data_ptr())
+
+    def run(self, optimizer: Any, launches: tuple[Launch, ...]) -> None:
+        try:
+            self._run(launches)
+        except BaseException:  # what the plan takes for uploaded may not be
+            self._use_buffers(optimizer)
+            raise
+
+    def _run(self, launches: tuple[Launch, ...]) -> None:
         for number, programs, table_at, scalars_at, start, stop, image, rows, hypers_at in launches:
             bucket = self.buckets[number]
             with _current(bucket.device):

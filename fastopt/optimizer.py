@@ -187,7 +187,7 @@ class FusedStep(_Base):
         rest = _C.step(self)
         if rest is not None:
             if type(rest) is tuple and self._gpu is not None and rest[0] != "gpu":
-                self._gpu.run(rest)
+                self._gpu.run(self, rest)
             else:
                 self._finish(rest)
         return loss
@@ -216,7 +216,7 @@ class FusedStep(_Base):
             self._unmake_state(made)  # torch makes its own
             self._torch_step(rest)
         elif rest is not None:
-            self._gpu.run(rest)
+            self._gpu.run(self, rest)
 
     def _unmake_state(self, made: list[tuple[Tensor, dict[str, Any] | None]]) -> None:
         for param, before in made:

@@ -516,6 +516,67 @@ def test_capture_before_a_first_step_is_refused(row, gpu, monkeypatch):
 
 
 @capturable_rows
+def test_options_that_change_on_the_way_to_a_capture(row, gpu, monkeypatch):
+    """What was stepped without capturable before has no part in a graph."""
+    optimizer, params = stepped(row)
+    optimizer.param_groups[0]["capturable"] = True
+    optimizer.step()
+    monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+    graph = Graph(monkeypatch)
+    before = [param.detach().clone() for param in params]
+    with graph.capture():
+        optimizer.step()
+    graph.replay()
+    assert not any(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+
+
+def test_a_number_on_the_gpu_does_not_decide_on_the_state(gpu):
+    """Whether there is a momentum_buffer is the host's to know; such a step is torch's, which refuses this CPU here."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = fastopt.RMSprop([param], momentum=torch.tensor(0.9), capturable=True)
+    param.grad = torch.ones(3)
+    with pytest.raises(AssertionError, match="capturable=True"):
+        optimizer.step()
+    assert torch.equal(param.detach(), torch.ones(3)) and not optimizer.state
+
+
+@pytest.mark.parametrize("part", ["upload", "launch"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_after_one_that_failed(part, capturable, gpu, monkeypatch):
+    """What was not uploaded then is uploaded later."""
+    param = torch.nn.Parameter(torch.ones(10))
+    optimizer = fastopt.Adam([param], lr=0.1, capturable=capturable)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # at the first step, and at a later one
+        param.grad = torch.randn(10)
+        with monkeypatch.context() as patch:
+            patch.setattr(backend.Bucket if part == "upload" else multi_tensor.Launcher, part, fail)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        before = param.detach().clone()
+        optimizer.step()
+        assert not torch.equal(param.detach(), before)
+        (bucket,) = buckets(optimizer)
+        assert {param.data_ptr(), param.grad.data_ptr()} <= set(bucket.buffer.tolist())
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), torch.inference_mode], ids=["device", "inference_mode"])
+def test_modes_at_the_first_step(mode, gpu):
+    """What is made there serves later steps outside, and is where it must be."""
+    param = torch.nn.Parameter(torch.ones(10))
+    optimizer = fastopt.Adagrad([param], lr=0.1)  # has its state already
+    param.grad = torch.ones(10)
+    with mode():
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.2
+    optimizer.step()
+    assert len(gpu.launches) == 2
+
+
+@capturable_rows
 def test_hot_capturable_step_uploads_and_allocates_nothing(row, idle_gpu):
     """Not the scalars either: a growing step is none of the host's."""
     optimizer, params = stepped(row, capturable=True)

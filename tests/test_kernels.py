@@ -415,6 +415,15 @@ def test_compiles_for_rocm(kernel, target):
         assert found and len(found) % (count * accesses) == 0  # in each copy of a loop the compiler makes
 
 
+@pytest.mark.parametrize("target", ROCM, ids=lambda target: target.arch)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("algorithm", MASKS)
+def test_prepare_compiles_for_rocm(algorithm, dtype, target):
+    asm = compiled_for(target, *multi_tensor.prepare_kernel(algorithm, dtype)).asm
+    assert set(re.findall(r"[sv]gpr_spill_count: +(\d+)", asm["amdgcn"])) == {"0"}
+    assert not re.search(r"llvm\.amdgcn\.(rcp|rsq)|__ocml", asm["llir"])
+
+
 def compiled_for(target, kernel, pointers, constants, warps):
     """Compile ahead of time for a GPU that is not there."""
     kinds = {torch.int64: "*i64", F32: "*fp32", F64: "*fp64"}
