@@ -15,11 +15,12 @@ NO_COMPILER = (
     "(Debian/Ubuntu: apt-get install g++, macOS: xcode-select --install), or install without the extension, on torch's "
     "own slower step: FASTOPT_NO_EXTENSION=1 pip install --no-build-isolation ."
 )
+REQUIRES = ["numpy"]
 # at::parallel_for is serial without OpenMP. torch's wheels have the library; Apple's clang lacks even the header.
 OPENMP = ["-fopenmp"], ["-fopenmp"]
 if sys.platform == "darwin":
     prefix = os.environ.get("OMP_PREFIX", "/opt/homebrew/opt/libomp")
-    OPENMP = ["-Xclang", "-fopenmp", f"-I{prefix}/include"], ["-lomp"]
+    OPENMP = ["-Xclang", "-fopenmp", f"-I{prefix}/include"], []  # not linked: torch has loaded its library before us
 COMPILE_ARGS = [
     "-O3",
     "-fvisibility=hidden",
@@ -36,7 +37,7 @@ def extension():
     except ImportError:
         sys.exit(
             "fastopt: torch is not installed where the build runs; install torch first, then "
-            "pip install --no-build-isolation fastopt"
+            "pip install --no-build-isolation ."
         )
 
     class Build(cpp_extension.BuildExtension):
@@ -54,7 +55,9 @@ def extension():
                 sys.exit(NO_COMPILER.format(why=str(error).strip().splitlines()[-1]))
 
     version = torch.__version__.split("+")[0]
+    minor = ".".join(version.split(".")[:2])
     return dict(
+        install_requires=[f"torch=={minor}.*", *REQUIRES],  # what is compiled fits one minor version of torch
         ext_modules=[
             cpp_extension.CppExtension(
                 "fastopt._C",
@@ -69,4 +72,5 @@ def extension():
     )
 
 
-setup(**({} if os.environ.get("FASTOPT_NO_EXTENSION") == "1" else extension()))
+NO_EXTENSION = dict(install_requires=["torch>=2.10", *REQUIRES])
+setup(**(NO_EXTENSION if os.environ.get("FASTOPT_NO_EXTENSION") == "1" else extension()))

@@ -117,6 +117,7 @@ def main():
     lr_axis.set(title="StepLR: lr of the groups", xlabel="epoch", ylabel="lr", yscale="log")
     lr_axis.set_ylim(bottom=1.5e-5)
     for axis, place in ((loss_axis, "upper right"), (accuracy_axis, "lower right"), (lr_axis, "lower left")):
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(loc=place)
     save(figure, options.out, "03_classification.png")
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 REBUILD = (
-    "fastopt's extension was built for {built}, but this is torch {torch}; rebuild it: "
-    "pip install --no-build-isolation --force-reinstall --no-deps fastopt"
+    "fastopt's extension was built for {built}, but this is torch {torch}; rebuild it, in its clone: "
+    "pip install --no-build-isolation --force-reinstall --no-deps ."
 )
 NO_EXTENSION = (
     "fastopt was installed without its C++ extension: every step is torch.optim's own. "
-    "For the fused step, install a C++ compiler and reinstall: "
-    "pip install --no-build-isolation --force-reinstall --no-deps fastopt"
+    "For the fused step, install a C++ compiler and reinstall, in its clone: "
+    "pip install --no-build-isolation --force-reinstall --no-deps ."
 )
 
 SOURCE_TREE = (

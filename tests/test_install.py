@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SITE = sysconfig.get_paths()["purelib"]
@@ -52,7 +53,7 @@ def test_extension_for_another_torch_says_rebuild(tmp_path):
     code = "import torch; torch.__version__ = '9.9.0'\nimport fastopt"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode != 0
-    assert "ImportError" in done.stderr and "this is torch 9.9.0; rebuild it: pip install" in done.stderr
+    assert "ImportError" in done.stderr and "this is torch 9.9.0; rebuild it, in its clone: pip install" in done.stderr
 
 
 @pytest.mark.parametrize("name, said", [("nonsense", "'nonsense' is not available here"), ("", None)])
@@ -79,3 +80,6 @@ def test_wheel_and_sdist(tmp_path, kind):
     done = run(tmp_path / "site", STEP, tmp_path)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout and "'cpu': 'torch'" not in done.stdout and "extension" not in done.stderr
+    (metadata,) = (tmp_path / "site").glob("fastopt-*/METADATA")
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert f"Requires-Dist: torch=={minor}.*\n" in metadata.read_text()

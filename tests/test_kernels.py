@@ -24,7 +24,12 @@ DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F
 RARE_DTYPES = [(F32, BF16), (F32, F16), (F64, F32)]
 
 # For each algorithm the masks of state slots in use; step counts and hyper-parameters, with every flag on and off.
-MASKS = {"sgd": (0b0, 0b1), "adagrad": (0b1,), "rmsprop": (0b001, 0b011, 0b101, 0b111), "adam": (0b011, 0b111)}
+MASKS = {
+    "sgd": (0b0, 0b1),
+    "adagrad": (0b1,),
+    "rmsprop": (0b001, 0b011, 0b101, 0b111),
+    "adam": (0b011, 0b111),
+}
 ROWS = {
     "sgd": [
         (1, dict(lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.0, nesterov=False, maximize=False)),
