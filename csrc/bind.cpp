@@ -206,9 +206,9 @@ C10_ALWAYS_INLINE bool same_sizes(const at::TensorImpl* a, const at::TensorImpl*
 
 // Whether `t` is like `param` in device, dtype and layout, and no subclass if that is none. Almost every gradient and state tensor
 // is; then it needs none of the checks that the parameter passed.
-C10_ALWAYS_INLINE bool is_alike(const at::TensorImpl* t, const at::TensorImpl* param, bool on_gpu) {
+C10_ALWAYS_INLINE bool is_alike(const at::TensorImpl* t, const at::TensorImpl* param, bool on_gpu, c10::Device device) {
   if (t->key_set() != param->key_set() || t->dtype() != param->dtype()) return false;   // the keys say CPU, but not which GPU
-  if (on_gpu && t->device() != param->device()) return false;
+  if (on_gpu && t->device() != device) return false;
   const at::IntArrayRef sizes = t->sizes(), strides = t->strides(), param_sizes = param->sizes(), param_strides = param->strides();
   bool same = sizes.size() == param_sizes.size();
   for (size_t d = 0; same && d < sizes.size(); d++) same = sizes[d] == param_sizes[d] && strides[d] == param_strides[d];
@@ -550,8 +550,9 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   }
 
   DType dtype;
-  const bool on_gpu = param->device_type() == gpu_type;
-  if (!on_gpu && param->device_type() != at::kCPU) throw Outside{"a parameter is on a device other than CPU and GPU"};
+  const c10::Device device = param->device();
+  const bool on_gpu = device.type() == gpu_type;
+  if (!on_gpu && device.type() != at::kCPU) throw Outside{"a parameter is on a device other than CPU and GPU"};
   if (capturable && (!on_gpu || !optimizer.has_step)) throw Outside{"capturable=True"};
   if (!is_plain(param) || (!exact && !placement && has_torch_function(object))) throw Outside{"a parameter is a tensor subclass or not strided"};
   if (!dtype_of(param, dtype)) {
@@ -561,7 +562,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
     raise(PyExc_RuntimeError, c10::str(where, " has dtype ", c10::toString(other), ": only floating point and complex parameters can be stepped"));
   }
   check_written(param, "data", where);
-  bool all_alike = is_alike(grad, param, on_gpu);                    // until one is found that is not
+  bool all_alike = is_alike(grad, param, on_gpu, device);                    // until one is found that is not
   if (!all_alike) check_grad(grad, param, dtype, where);
 
   if (!group_read) {
@@ -595,7 +596,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
       at::TensorImpl* slot = is_exact(value) ? THPVariable_Unpack(value).unsafeGetTensorImpl() : nullptr;
       row.dtype[2 + k] = dtype;
       int64_t slot_size = size;
-      if (!slot || placement || !is_alike(slot, param, on_gpu)) {
+      if (!slot || placement || !is_alike(slot, param, on_gpu, device)) {
         slot = check_slot(value, param, dtype, placement, name, where, row.dtype[2 + k]);
         slot_size = itemsize(row.dtype[2 + k]);
         all_alike = false;
@@ -909,34 +910,36 @@ PyObject* Plan::gpu_launches() {
     const Row& row = gpu.rows[r];
     const Written& w = gpu.written[r];
     Bucket& b = buckets[w.bucket];
-    auto put = [&](int64_t at, const void* from, size_t size) {   // at: in bytes
-      char* to = reinterpret_cast<char*>(b.image.data()) + at;
-      if (!std::memcmp(to, from, size)) return;
-      std::memcpy(to, from, size);
-      b.changed_from = std::min(b.changed_from, at / 8);
-      b.changed_to = std::max(b.changed_to, (at + int64_t(size) + 7) / 8);
+    int64_t* const image = b.image.data();
+    auto changed = [&](int64_t from, int64_t to) { b.changed_from = std::min(b.changed_from, from), b.changed_to = std::max(b.changed_to, to); };
+    auto put = [&](int64_t at, int64_t word) {
+      if (image[at] != word) image[at] = word, changed(at, at + 1);
     };
     if (b.capturable) {
       const Group& group = groups[w.group];
       const int64_t numbers = optimizer.numbers;
       if (w.group != b.last_group) {
-        put(8 * (b.numbers_at + b.groups++ * numbers), group.numbers, size_t(8 * numbers));
-        b.last_group = w.group;
+        int64_t words[max_numbers];
+        std::memcpy(words, group.numbers, sizeof words);
+        for (int64_t i = 0; i < numbers; i++) put(b.numbers_at + b.groups * numbers + i, words[i]);
+        b.groups++, b.last_group = w.group;
       }
-      int64_t line[1 + max_numbers] = {w.count_address};
-      for (int64_t i = 0; i < numbers; i++)
-        line[1 + i] = group.addresses[i] ? group.addresses[i] : b.base + 8 * (b.numbers_at + (b.groups - 1) * numbers + i);
-      put(8 * (b.hypers_at + b.rows * (1 + numbers)), line, size_t(8 * (1 + numbers)));
+      const int64_t at = b.hypers_at + b.rows * (1 + numbers), numbers_at = b.numbers_at + (b.groups - 1) * numbers;
+      put(at, w.count_address);
+      for (int64_t i = 0; i < numbers; i++) put(at + 1 + i, group.addresses[i] ? group.addresses[i] : b.base + 8 * (numbers_at + i));
       b.scalar_rows++;
     } else if (int64_t(w.scalars) != b.last_scalars) {
-      const size_t size = scalars_size * (b.param == DType::f64 ? 8 : 4);
-      put(8 * b.scalars_at + b.scalar_rows++ * int64_t(size), &scalars[w.scalars], size);
+      const size_t size = scalars_size * (b.param == DType::f64 ? 8 : 4), at = size_t(b.scalar_rows++) * size;   // in bytes
+      char* const to = reinterpret_cast<char*>(image + b.scalars_at) + at;
+      if (std::memcmp(to, &scalars[w.scalars], size)) {
+        std::memcpy(to, &scalars[w.scalars], size);
+        changed(b.scalars_at + int64_t(at / 8), b.scalars_at + int64_t((at + size + 7) / 8));
+      }
       b.last_scalars = int64_t(w.scalars);
     }
-    int64_t line[2 + max_operands] = {row.numel, b.scalar_rows - 1};
-    for (int k = 0; k < max_operands; k++) line[2 + k] = reinterpret_cast<int64_t>(row.data[k]);
-    const int64_t columns = 4 + optimizer.slots;
-    put(8 * (b.table_at + b.rows++ * columns), line, size_t(8 * columns));
+    const int64_t columns = 4 + optimizer.slots, at = b.table_at + b.rows++ * columns;
+    put(at, row.numel), put(at + 1, b.scalar_rows - 1);
+    for (int k = 0; k < 2 + optimizer.slots; k++) put(at + 2 + k, reinterpret_cast<int64_t>(row.data[k]));
   }
   py::list launches;
   for (size_t i = 0; i < buckets.size(); i++) {
