@@ -300,7 +300,8 @@ def test_only_changes_are_uploaded(row, idle_gpu):
     params[-1].grad = params[-1].grad.clone()
     assert uploaded() <= (1, columns + scalars)
     params[-3].grad = params[-3].grad.clone()
-    assert (1, columns) <= uploaded() <= (1, 3 * columns + scalars)
+    assert (1, 1) <= uploaded() <= (1, 3 * columns + scalars)
+    assert {param.grad.data_ptr() for param in params} <= set(bucket.buffer.tolist())
     for group in optimizer.param_groups:
         group["lr"] *= 0.5
     uploads, words = uploaded()
