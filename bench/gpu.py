@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .candidates import CHECK_STEPS, OPTIMIZERS, Problem, Row, Unavailable, check, make, reference, values
-from .measure import DTYPES, FULL, QUICK, Effort, compare_times, environment, summary
+from .measure import DTYPES, FULL, QUICK, Effort, compare_times, environment, rounds, summary
 from .report import count, duration, median, table, times
 from .run import save
 from .workloads import QUICK as QUICK_WORKLOADS
@@ -143,12 +143,8 @@ def measure(
         result["launches"][name] = launches(step)
         result["host"][name] = summary([host_seconds(step) for _ in range(effort.min_rounds)])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order, began = list(steps), time.perf_counter()
-    for round_ in range(effort.max_rounds):
-        if round_ >= effort.min_rounds and time.perf_counter() - began > effort.seconds:
-            break
-        order = order[1:] + order[:1]
-        for name in order if round_ % 2 else reversed(order):
+    for order in rounds(steps, effort):
+        for name in order:
             seconds[name].append(clock(steps[name], result["host"][name]["median"]))
     result |= compare_times(seconds)
     result["of_copy"] = {name: moved / statistics.median(numbers) / bandwidth for name, numbers in seconds.items()}

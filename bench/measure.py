@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import timeit
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -62,6 +62,16 @@ def batch_size(timer: timeit.Timer, seconds: float) -> int:
     return n
 
 
+def rounds(names: Iterable[str], effort: Effort) -> Iterator[list[str]]:
+    """The candidates in the order of each round, which changes: none has always the same predecessor."""
+    order, began = list(names), time.perf_counter()
+    for round_ in range(effort.max_rounds):
+        if round_ >= effort.min_rounds and time.perf_counter() - began > effort.seconds:
+            return
+        order = order[1:] + order[:1]
+        yield order if round_ % 2 else order[::-1]
+
+
 def interleave(
     steps: dict[str, Callable[[], Any]], effort: Effort, prepare: dict[str, Callable[[], Any]]
 ) -> dict[str, list[float]]:
@@ -76,12 +86,8 @@ def interleave(
         sizes[name] = batch_size(timer, effort.batch)
     gc.collect()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    order, began = list(steps), time.perf_counter()
-    for round_ in range(effort.max_rounds):
-        if round_ >= effort.min_rounds and time.perf_counter() - began > effort.seconds:
-            break
-        order = order[1:] + order[:1]
-        for name in order if round_ % 2 else reversed(order):  # so that no candidate has always the same predecessor
+    for order in rounds(steps, effort):
+        for name in order:
             prepare[name]()
             times[name].append(timers[name].timeit(sizes[name]) / sizes[name])
     return times

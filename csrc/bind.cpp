@@ -157,6 +157,12 @@ py::object attribute(PyObject* object, PyObject* name) {
   return py::reinterpret_steal<py::object>(value);
 }
 
+bool is_true(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw python_error();
+  return truth;
+}
+
 // Whether a subclass has a say in what is done with its tensors; or in what their gradient is.
 bool has_torch_function(PyObject* tensor) {
   return attribute(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), names->torch_function).ptr() != names->disabled_torch_function;
@@ -207,8 +213,8 @@ C10_ALWAYS_INLINE bool same_sizes(const at::TensorImpl* a, const at::TensorImpl*
 // Whether `t` is like `param` in device, dtype and layout, and no subclass if that is none. Almost every gradient and state tensor
 // is; then it needs none of the checks that the parameter passed.
 C10_ALWAYS_INLINE bool is_alike(const at::TensorImpl* t, const at::TensorImpl* param, bool on_gpu, c10::Device device) {
-  if (t->key_set() != param->key_set() || t->dtype() != param->dtype()) return false;   // the keys say CPU, but not which GPU
-  if (on_gpu && t->device() != device) return false;
+  if (t->key_set() != param->key_set() || t->dtype() != param->dtype()) return false;
+  if (on_gpu && t->device() != device) return false;   // the keys say CPU, but not which GPU
   const at::IntArrayRef sizes = t->sizes(), strides = t->strides(), param_sizes = param->sizes(), param_strides = param->strides();
   bool same = sizes.size() == param_sizes.size();
   for (size_t d = 0; same && d < sizes.size(); d++) same = sizes[d] == param_sizes[d] && strides[d] == param_strides[d];
@@ -277,8 +283,7 @@ class Plan {
   struct Group {                                  // what the options of a param group say
     double numbers[max_numbers];
     int64_t values;                               // place in `values`, if some hyper-parameter is a tensor; else -1
-    bool capturable;                              // then everything that may change is read on the device:
-    int64_t addresses[max_numbers];               // of the hyper-parameters that are tensors there; else 0
+    int64_t addresses[max_numbers];               // of a capturable group's numbers that are tensors on a GPU; else 0
     c10::DeviceIndex device;                      // where these are; else -1
     unsigned used;
     double last_t[2];                             // the step counts whose scalars were computed last, for fp32 and fp64,
@@ -328,7 +333,7 @@ class Plan {
   void count_repeated_steps();
   void count_steps(Batch& batch);
   void write(bool in_turn);
-  size_t bucket_of(const Row& row, const at::TensorImpl* param, bool capturable);
+  size_t bucket_of(const Row& row, c10::DeviceIndex device, bool capturable);
   PyObject* gpu_wants();
   PyObject* gpu_launches();
   void run_rows(const Row* first, const int64_t* ends, size_t count);
@@ -382,7 +387,7 @@ int64_t device_number(at::TensorImpl* t) {
 void Plan::read_group(PyObject* dict, size_t at, bool capturable) {
   groups.push_back({});
   Group& group = groups.back();
-  group.capturable = capturable, group.device = -1;
+  group.device = -1;
   Value read[max_numbers];
   int n = 0;
   bool tensors = false;
@@ -418,9 +423,7 @@ void Plan::read_group(PyObject* dict, size_t at, bool capturable) {
     const auto [key, kind] = optimizer.key[k];
     if (!item) raise(PyExc_KeyError, c10::str(key, ": missing in param group ", at));
     if (kind == truth) {
-      const int is_true = item == Py_True ? 1 : item == Py_False ? 0 : PyObject_IsTrue(item);
-      if (is_true < 0) throw python_error();
-      read[n] = group.numbers[n] = is_true;
+      read[n] = group.numbers[n] = is_true(item);
       n++;
     } else if (kind == number) {
       put(item, key);
@@ -614,7 +617,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
       DType count;
       if (w.step->numel() != 1) raise(PyExc_RuntimeError, c10::str("state['step'] of ", where, " must have one element, not shape ", w.step->sizes()));
       const bool is_number = is_plain(w.step) && dtype_of(w.step, count) && (count == DType::f32 || count == DType::f64);
-      if (!is_number || (capturable ? w.step->device() != param->device() : w.step->device_type() != at::kCPU)) return add_missing(group_dict, object);
+      if (!is_number || (capturable ? w.step->device() != device : w.step->device_type() != at::kCPU)) return add_missing(group_dict, object);
       check_written(w.step, "state['step']", where);
       void* memory = memory_of(w.step, itemsize(count), true, "state['step']", where);
       if (capturable) {
@@ -633,8 +636,8 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   extents.push_back(extent_of(grad, row.data[1], size, w.layout < 0, false));
   if (on_gpu) {
     if (w.layout >= 0) throw Outside{"on a GPU, a parameter, its gradient and state differ in strides"};
-    if (group.device >= 0 && group.device != index_of(param->device())) throw Outside{"a hyper-parameter is on another GPU than a parameter"};
-    w.bucket = bucket_of(row, param, capturable);
+    if (group.device >= 0 && group.device != index_of(device)) throw Outside{"a hyper-parameter is on another GPU than a parameter"};
+    w.bucket = bucket_of(row, index_of(device), capturable);
   }
 }
 
@@ -692,8 +695,8 @@ void Plan::check(PyObject* self, PyObject* fresh) {
     if (!params || !PyList_Check(params)) throw Outside{"a param group is no dict or has no list of params"};
     PyObject* differentiable = PyDict_GetItemWithError(dict, names->differentiable);
     PyObject* capturable = PyDict_GetItemWithError(dict, names->capturable);
-    if (differentiable && differentiable != Py_False && PyObject_IsTrue(differentiable)) throw Outside{"differentiable=True"};
-    const bool is_capturable = capturable && capturable != Py_False && PyObject_IsTrue(capturable);
+    if (differentiable && is_true(differentiable)) throw Outside{"differentiable=True"};
+    const bool is_capturable = capturable && is_true(capturable);
     bool group_read = false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) try {
       check_param(PyList_GET_ITEM(params, i), dict, {size_t(g), size_t(i)}, is_capturable, group_read, read_state);
@@ -831,7 +834,7 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
 
 constexpr int64_t chunk = 1024;           // elements per program: CHUNK of kernels/multi_tensor.py
 
-size_t Plan::bucket_of(const Row& row, const at::TensorImpl* param, bool capturable) {
+size_t Plan::bucket_of(const Row& row, c10::DeviceIndex device, bool capturable) {
   if (temporary) throw Outside{"two threads step GPU parameters of one optimizer"};
   DType state = row.dtype[0];
   for (int k = 0, first = 1; k < optimizer.slots; k++) {
@@ -839,7 +842,6 @@ size_t Plan::bucket_of(const Row& row, const at::TensorImpl* param, bool captura
     if (!first && row.dtype[2 + k] != state) throw Outside{"on a GPU, the state tensors of a parameter differ in dtype"};
     state = row.dtype[2 + k], first = 0;
   }
-  const c10::DeviceIndex device = index_of(param->device());
   for (size_t b = 0; b < buckets.size(); b++)
     if (buckets[b].device == device && buckets[b].used == row.used && buckets[b].param == row.dtype[0] && buckets[b].state == state &&
         buckets[b].capturable == capturable) return b;

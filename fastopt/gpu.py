@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ class Gpu:
             self._in_graph = capturing
             for bucket in self.buckets.values():
                 bucket.use(capturing)
-            self._use_buffers(optimizer)
+            self._use_buffers(optimizer, self.buckets)
 
     def prepare(self, optimizer: Any, wants: tuple[Want, ...]) -> None:
         """Compiles kernels and makes buffers, before anything is written."""
@@ -163,18 +164,19 @@ class Gpu:
                     bucket = self.buckets[number] = Bucket(self.algorithm, device, used, param, state, capturable)
                 if bucket.buffer.numel() < words:
                     bucket.grow(words * 2 if bucket.buffer.numel() else words)
-            _C.set_buffer(optimizer, number, bucket.buffer.numel(), bucket.buffer.data_ptr())
+            self._use_buffers(optimizer, [number])
 
-    def _use_buffers(self, optimizer: Any) -> None:
-        """Has the plan hand over whole images at the next step."""
-        for number, bucket in self.buckets.items():
-            _C.set_buffer(optimizer, number, bucket.buffer.numel(), bucket.buffer.data_ptr())
+    def _use_buffers(self, optimizer: Any, numbers: Iterable[int]) -> None:
+        """Has the plan hand over the whole images of these buckets at the next step."""
+        for number in numbers:
+            buffer = self.buckets[number].buffer
+            _C.set_buffer(optimizer, number, buffer.numel(), buffer.data_ptr())
 
     def run(self, optimizer: Any, launches: tuple[Launch, ...]) -> None:
         try:
             self._run(launches)
         except BaseException:  # what the plan takes for uploaded may not be
-            self._use_buffers(optimizer)
+            self._use_buffers(optimizer, self.buckets)
             raise
 
     def _run(self, launches: tuple[Launch, ...]) -> None:

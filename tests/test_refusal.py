@@ -287,7 +287,7 @@ def test_an_error_in_making_state_is_not_hidden(row, monkeypatch):
 
     def fails_later(*args, **options):
         made.append(args)
-        if len(made) > len(row.plain) % 2 + 1:
+        if len(made) > 1:
             raise KeyboardInterrupt
         return full_like(*args, **options)
 
@@ -324,13 +324,18 @@ def test_a_step_that_was_done_keeps_its_state(row, monkeypatch):
     assert all(optimizer.state[param].get(name) is not None for name in row.slots[:1])
 
 
-@every_row
-def test_factors_that_are_not_finite_are_refused(row):
-    """Where torch divides by zero; a step count that no counter has is nothing else."""
+def stepped_once(row):
     param = torch.nn.Parameter(torch.ones(7))
     param.grad = torch.ones(7)
     optimizer = row.ours([param], **row.plain)
     optimizer.step()
+    return optimizer, param
+
+
+@every_row
+def test_factors_that_are_not_finite_are_refused(row):
+    """Where torch divides by zero; a step count that no counter has is nothing else."""
+    optimizer, param = stepped_once(row)
     before, group = snapshot(optimizer), optimizer.param_groups[0]
     if "betas" in group:
         group["betas"] = (1.0, 0.99)
@@ -351,10 +356,7 @@ def test_factors_that_are_not_finite_are_refused(row):
 @every_row
 def test_hyper_parameters_of_another_kind(row):
     """Numbers are not taken from lists, pairs are pairs, and the truth of a switch is what Python says."""
-    param = torch.nn.Parameter(torch.ones(7))
-    param.grad = torch.ones(7)
-    optimizer = row.ours([param], **row.plain)
-    optimizer.step()
+    optimizer, _ = stepped_once(row)
     before, group = snapshot(optimizer), optimizer.param_groups[0]
     kept = dict(group)
     for key, value, error, message in (
