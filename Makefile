@@ -10,7 +10,7 @@ CXX ?= g++
 PY := $(VENV)/bin/python
 CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -pthread
 CORE := tests/native/core_test.cpp csrc/isa.cpp csrc/isa_avx2.cpp csrc/isa_avx512.cpp
-CORE_DEPS := $(CORE) csrc/core.h csrc/apply.h csrc/optimizers.h
+CORE_DEPS := $(CORE) $(wildcard csrc/*.h)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c

@@ -65,7 +65,7 @@ def extension():
                 define_macros=[("FASTOPT_TORCH_VERSION", f'"{version}"')],
                 extra_compile_args=COMPILE_ARGS + OPENMP[0] + os.environ.get("FASTOPT_CXXFLAGS", "").split(),
                 extra_link_args=OPENMP[1],
-                depends=[f"csrc/{name}.h" for name in ("core", "apply", "optimizers")],
+                depends=[f"csrc/{name}.h" for name in ("core", "apply", "halves", "simd", "optimizers")],
             )
         ],
         cmdclass={"build_ext": Build},

@@ -5,51 +5,20 @@
 // Everything has internal linkage: code for one ISA must never be shared with another.
 #pragma once
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "core.h"
+#include "halves.h"
 #include "optimizers.h"
+#if defined(FASTOPT_VECTOR_BYTES)
+#include "simd.h"
+#endif
 
 namespace fastopt {
 namespace {
 
 constexpr int64_t block = 512;
-
-// ---- bf16 and fp16 in memory, converted by integer arithmetic (round to nearest even), whatever the denormal mode
-
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
-
-inline uint32_t bits_of(float value) { uint32_t bits; std::memcpy(&bits, &value, 4); return bits; }
-inline float float_of(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
-
-template <class T> inline T widen(T value) { return value; }
-inline float widen(bfloat16 value) { return float_of(uint32_t(value.bits) << 16); }
-inline float widen(float16 value) {
-  uint32_t sign = uint32_t(value.bits & 0x8000) << 16, exponent = value.bits >> 10 & 31, mantissa = value.bits & 1023;
-  uint32_t normal = (exponent + 112) << 23 | mantissa << 13;
-  uint32_t special = 0x7f800000 | mantissa << 13;
-  uint32_t subnormal = bits_of(float(int32_t(mantissa)) * 0x1p-24f);
-  return float_of(sign | (exponent == 0 ? subnormal : exponent == 31 ? special : normal));
-}
-
-inline void narrow(float value, float& out) { out = value; }
-inline void narrow(double value, double& out) { out = value; }
-inline void narrow(double value, float& out) { out = float(value); }
-inline void narrow(float value, bfloat16& out) {
-  uint32_t bits = bits_of(value);
-  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  out.bits = uint16_t(value != value ? 0x7fc0 : rounded);
-}
-inline void narrow(float value, float16& out) {
-  uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);  // the addition rounds to a multiple of 2^-24
-  uint32_t finite = magnitude < 113u << 23 ? subnormal : normal;
-  out.bits = uint16_t(sign | (magnitude > 0x7f800000 ? 0x7e00 : magnitude >= 0x477ff000 ? 0x7c00 : finite));
-}
-inline void narrow(double value, bfloat16& out) { narrow(float(value), out); }
-inline void narrow(double value, float16& out) { narrow(float(value), out); }
 
 // ---- load and store of n elements, stride apart
 
@@ -67,19 +36,15 @@ template <class T, class S> inline void store(const T* __restrict from, S* __res
     for (int64_t i = 0; i < n; i++) narrow(from[i], to[i * stride]);
   }
 }
-#if defined(FASTOPT_F16C)
+#if defined(FASTOPT_VECTOR_BYTES)
 template <> inline void load(float* __restrict to, const float16* __restrict from, int64_t n, int64_t stride) {
   int64_t i = 0;
-  if (stride == 1)
-    for (; i + 8 <= n; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; stride == 1 && i + lanes <= n; i += lanes) write(from_half(read<Halves>(from + i)), to + i);
   for (; i < n; i++) to[i] = widen(from[i * stride]);
 }
 template <> inline void store(const float* __restrict from, float16* __restrict to, int64_t n, int64_t stride) {
   int64_t i = 0;
-  if (stride == 1)
-    for (; i + 8 <= n; i += 8)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; stride == 1 && i + lanes <= n; i += lanes) write(to_half(read<Vector>(from + i)), to + i);
   for (; i < n; i++) narrow(from[i], to[i * stride]);
 }
 #endif
@@ -111,6 +76,49 @@ template <class F> inline void with_type(DType dtype, void* data, F f) {
 
 // ---- an update over n elements: param and grad of type P, state of type S, arithmetic in T
 
+#if defined(FASTOPT_VECTOR_BYTES)
+// bf16 is split where all operands are. What is NaN there was read from bf16 or made by the processor, or is a scalar: see below.
+template <class P, class S> constexpr bool split = std::is_same_v<P, bfloat16> && std::is_same_v<S, bfloat16>;
+
+// The processor fetches ahead by itself, but not into the next page, and an update is so long that it sees the next loads late.
+constexpr int64_t ahead = 2048;  // bytes
+template <class S> inline void fetch_ahead(const S* from) {
+  for (size_t at = 0; at < 2 * lanes * sizeof(S); at += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead + at);
+}
+
+// Element i and those after it that fill a pair of vectors.
+template <class Optimizer, unsigned used, class P, class S, class H>
+inline void update_pair(P* param, const P* grad, S* const* slots, int64_t i, const H& h) {
+  Floats p[2], g[2], state[2][max_slots];
+  load<split<P, S>>(p[0], p[1], param + i);
+  load<split<P, S>>(g[0], g[1], grad + i);
+  for (int k = 0; k < max_slots; k++)
+    if (used >> k & 1) load<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
+  for (int half : {0, 1}) Optimizer::template update<used>(p[half], g[half], state[half], h);
+  store<split<P, S>>(p[0], p[1], param + i);
+  for (int k = 0; k < max_slots; k++)
+    if (used >> k & 1) store<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
+}
+
+// As many of n elements as fill pairs; returns their number.
+template <class Optimizer, unsigned used, class P, class S, class H>
+inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n, H h) {
+  if constexpr (split<P, S>)  // no NaN with bits that rounding could carry over
+    for (float& number : reinterpret_cast<float(&)[sizeof h / sizeof(float)]>(h)) number = number == number ? number : NAN;
+  int64_t i = 0;
+  for (; i + 2 * lanes <= n; i += 2 * lanes) {
+    if (i + ahead / int64_t(sizeof(P)) < n) {
+      fetch_ahead(param + i);
+      fetch_ahead(grad + i);
+      for (int k = 0; k < max_slots; k++)
+        if (used >> k & 1) fetch_ahead(slots[k] + i);
+    }
+    update_pair<Optimizer, used>(param, grad, slots, i, h);
+  }
+  return i;
+}
+#endif
+
 template <class Optimizer, unsigned used, class T, class P, class S>
 void update(void* const* data, int64_t n, const void* scalars) {
   const auto h = *static_cast<const typename Optimizer::template Scalars<T>*>(scalars);
@@ -119,12 +127,17 @@ void update(void* const* data, int64_t n, const void* scalars) {
   S* __restrict slot0 = static_cast<S*>(data[2]);
   S* __restrict slot1 = static_cast<S*>(data[3]);
   S* __restrict slot2 = static_cast<S*>(data[4]);
-  for (int64_t i = 0; i < n; i++) {
-    T p = widen(param[i]), state[max_slots] = {};
+  int64_t i = 0;
+#if defined(FASTOPT_VECTOR_BYTES)
+  S* const slots[] = {slot0, slot1, slot2};
+  if constexpr (std::is_same_v<T, float>) i = update_pairs<Optimizer, used>(param, grad, slots, n, h);
+#endif
+  for (; i < n; i++) {
+    T p = widen(param[i]), g = widen(grad[i]), state[max_slots] = {};
     if constexpr (used & 1) state[0] = widen(slot0[i]);
     if constexpr (used & 2) state[1] = widen(slot1[i]);
     if constexpr (used & 4) state[2] = widen(slot2[i]);
-    Optimizer::template update<used, T>(p, widen(grad[i]), state, h);
+    Optimizer::template update<used>(p, g, state, h);
     narrow(p, param[i]);
     if constexpr (used & 1) narrow(state[0], slot0[i]);
     if constexpr (used & 2) narrow(state[1], slot1[i]);
@@ -169,6 +182,8 @@ Update find_direct(const Row& row) {
   if (param == DType::f64 && state == DType::f64) return find_update<double, double, double>(row);
   if (param == DType::bf16 && state == DType::bf16) return find_update<float, bfloat16, bfloat16>(row);
   if (param == DType::bf16 && state == DType::f32) return find_update<float, bfloat16, float>(row);
+  if (param == DType::f16 && state == DType::f16) return find_update<float, float16, float16>(row);
+  if (param == DType::f16 && state == DType::f32) return find_update<float, float16, float>(row);
   return nullptr;
 }
 

@@ -9,7 +9,7 @@ namespace fastopt {
 
 constexpr int max_slots = 3;                 // state tensors of an optimizer
 constexpr int max_operands = 2 + max_slots;  // param, grad, state slots
-constexpr int max_scalars = 10;
+constexpr int max_scalars = 12;
 
 enum class DType : uint8_t { f32, f64, bf16, f16 };
 constexpr int64_t itemsize(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }

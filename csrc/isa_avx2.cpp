@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #if defined(__clang__)
@@ -14,7 +15,7 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#define FASTOPT_F16C
+#define FASTOPT_VECTOR_BYTES 32
 #include "apply.h"
 
 namespace fastopt {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #if defined(__clang__)
@@ -14,7 +15,7 @@
 #else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 #endif
-#define FASTOPT_F16C
+#define FASTOPT_VECTOR_BYTES 64
 #include "apply.h"
 
 namespace fastopt {

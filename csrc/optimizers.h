@@ -15,6 +15,7 @@
 #pragma once
 #include <cmath>
 #include <tuple>
+#include <type_traits>
 
 namespace fastopt {
 namespace {  // code built for one ISA must never be shared with another
@@ -24,7 +25,31 @@ inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 inline float sqrt(float a) { return __builtin_sqrtf(a); }
 inline double sqrt(double a) { return __builtin_sqrt(a); }
-template <class T> inline T maximum(T a, T b) { return ((a > b) | (a != a)) ? a : b; }  // NaN wins
+template <class T> inline T larger(T a, T b) { return a > b ? a : b; }  // b where either is NaN
+template <class V> inline V select(bool condition, V a, V b) { return condition ? a : b; }
+template <class V> inline V maximum(V a, V b) { return select(a != a, a, larger(a, b)); }  // NaN wins
+
+// A divisor known beforehand. In fp32 a root is divided by it with multiplications, several times as fast as the processor's division,
+// which is what an update would wait for. The result is the same: `near` is within one unit in the last place of the quotient and
+// `reciprocal` is rounded to nearest, so the correction rounds as division does (Markstein, IBM J. Res. Dev. 34, 1990).
+template <class T> struct Divisor {
+  T value, reciprocal, rest;     // reciprocal + rest = 1 / value; reciprocal is 0 where that could overflow or lose bits
+  Divisor& operator=(double number) {
+    value = T(number);
+    const bool moderate = value > T(0x1p-30) && value <= T(1);
+    reciprocal = moderate ? T(1 / double(value)) : T(0);
+    rest = moderate ? T(1 / double(value) - double(reciprocal)) : T(0);
+    return *this;
+  }
+};
+template <class V, class T> inline V divide_root(V root, const Divisor<T>& by) {
+  if constexpr (std::is_same_v<T, double>) return root / by.value;
+  V near = fma(root, by.reciprocal, root * by.rest);
+  V quotient = fma(fma(-near, by.value, root), by.reciprocal, near);
+  quotient = larger(quotient, root);  // zero, infinity and NaN stay what they are
+  if (by.reciprocal == 0) quotient = root / by.value;
+  return quotient;
+}
 
 // The hyper-parameter as a number of the compute type: a 0-dim tensor is cast before more arithmetic is done on it.
 template <class T> inline double to(double value) { return value; }
@@ -59,11 +84,11 @@ struct SGD {
           nesterov(double(g.nesterov) ? 1 : 0), neg_lr(double(-g.lr)) {}
   };
 
-  template <unsigned used, class T> static inline void update(T& param, T grad, T* state, const Scalars<T>& h) {
+  template <unsigned used, class V, class T> static inline void update(V& param, V grad, V* state, const Scalars<T>& h) {
     grad = h.sign * grad;
     grad = h.weight_decay != 0 ? fma(h.weight_decay, param, grad) : grad;
     if constexpr (used & 1u << momentum_buffer) {
-      T& buf = state[momentum_buffer];
+      V& buf = state[momentum_buffer];
       buf = fma(h.grad_weight, grad, buf * h.momentum);
       grad = h.nesterov != 0 ? fma(h.momentum, buf, grad) : buf;
     }
@@ -90,11 +115,11 @@ struct Adagrad {
           neg_clr(double(-(g.lr / (1 + (t - 1) * g.lr_decay)))) {}
   };
 
-  template <unsigned used, class T> static inline void update(T& param, T grad, T* state, const Scalars<T>& h) {
+  template <unsigned used, class V, class T> static inline void update(V& param, V grad, V* state, const Scalars<T>& h) {
     grad = h.sign * grad;
     grad = h.weight_decay != 0 ? fma(h.weight_decay, param, grad) : grad;
     state[sum] = fma(grad, grad, state[sum]);
-    T denom = sqrt(state[sum]) + h.eps;
+    V denom = sqrt(state[sum]) + h.eps;
     param = param + (h.neg_clr * grad) / denom;
   }
 };
@@ -122,20 +147,20 @@ struct RMSprop {
           neg_lr(double(-g.lr)) {}
   };
 
-  template <unsigned used, class T> static inline void update(T& param, T grad, T* state, const Scalars<T>& h) {
+  template <unsigned used, class V, class T> static inline void update(V& param, V grad, V* state, const Scalars<T>& h) {
     grad = h.sign * grad;
     grad = h.weight_decay != 0 ? fma(h.weight_decay, param, grad) : grad;
-    T& square = state[square_avg];
+    V& square = state[square_avg];
     square = fma(h.one_minus_alpha * grad, grad, square * h.alpha);
-    T u = square;
+    V u = square;
     if constexpr (used & 1u << grad_avg) {
-      T& avg = state[grad_avg];
-      avg = fma(h.lerp_weight, grad - avg, h.lerp_from_grad != 0 ? grad : avg);
+      V& avg = state[grad_avg];
+      avg = fma(h.lerp_weight, grad - avg, select(h.lerp_from_grad != 0, grad, avg));
       u = fma(-avg, avg, square);
     }
-    T denom = sqrt(u) + h.eps;
+    V denom = sqrt(u) + h.eps;
     if constexpr (used & 1u << momentum_buffer) {
-      T& buf = state[momentum_buffer];
+      V& buf = state[momentum_buffer];
       buf = buf * h.momentum + grad / denom;
       param = fma(h.neg_lr, buf, param);
     } else {
@@ -160,7 +185,9 @@ struct Adam {
   }
 
   template <class T> struct Scalars {
-    T sign, weight_decay, decay, lerp_weight, lerp_from_grad, beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size;
+    T sign, weight_decay, decay, lerp_weight, lerp_from_grad, beta2, one_minus_beta2;
+    Divisor<T> bias_correction2_sqrt;
+    T eps, neg_step_size;
     template <class N> Scalars(const Hyper<N>& g, double t) {
       using std::pow;
       N bias_correction1 = 1 - pow(g.beta1, t);
@@ -175,22 +202,22 @@ struct Adam {
       lerp_from_grad = lerp_from_end(one_minus_beta1);
       beta2 = T(double(g.beta2));
       one_minus_beta2 = T(double(1 - g.beta2));
-      bias_correction2_sqrt = T(double(pow(bias_correction2, 0.5)));
+      bias_correction2_sqrt = double(pow(bias_correction2, 0.5));
       eps = T(double(g.eps));
       neg_step_size = T(double(-step_size));
     }
   };
 
-  template <unsigned used, class T> static inline void update(T& param, T grad, T* state, const Scalars<T>& h) {
+  template <unsigned used, class V, class T> static inline void update(V& param, V grad, V* state, const Scalars<T>& h) {
     grad = h.sign * grad;
     grad = h.weight_decay != 0 ? fma(h.weight_decay, param, grad) : grad;
     param = param * h.decay;
-    T &m = state[exp_avg], &v = state[exp_avg_sq];
-    m = fma(h.lerp_weight, grad - m, h.lerp_from_grad != 0 ? grad : m);
+    V &m = state[exp_avg], &v = state[exp_avg_sq];
+    m = fma(h.lerp_weight, grad - m, select(h.lerp_from_grad != 0, grad, m));
     v = fma(h.one_minus_beta2 * grad, grad, v * h.beta2);
-    T u = v;
+    V u = v;
     if constexpr (used & 1u << max_exp_avg_sq) u = state[max_exp_avg_sq] = maximum(state[max_exp_avg_sq], v);
-    T denom = sqrt(u) / h.bias_correction2_sqrt + h.eps;
+    V denom = divide_root(sqrt(u), h.bias_correction2_sqrt) + h.eps;
     param = param + (h.neg_step_size * m) / denom;
   }
 };

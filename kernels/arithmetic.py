@@ -40,6 +40,34 @@ def sqrt(a):
 
 
 @triton.jit
+def divisor(number, T: tl.constexpr):
+    """A number by which roots will be divided: rounded to T, then reciprocal and rest, reciprocal + rest = 1 / value.
+
+    Both are 0 where that could overflow or lose bits.
+    """
+    value = number.to(T)
+    moderate = (value > 2.0**-30) & (value <= 1)
+    inverse = 1 / value.to(tl.float64)
+    reciprocal = inverse.to(T)
+    rest = (inverse - reciprocal.to(tl.float64)).to(T)
+    return value, tl.where(moderate, reciprocal, 0.0), tl.where(moderate, rest, 0.0)
+
+
+@triton.jit
+def divide_root(root, value, reciprocal, rest):
+    """root / value, rounded once: in fp32 by multiplications, as csrc/optimizers.h explains."""
+    if value.dtype == tl.float64:
+        return root / value
+    else:
+        near = tl.fma(root, reciprocal, root * rest)
+        quotient = tl.fma(tl.fma(neg(near), value, root), reciprocal, near)
+        quotient = tl.maximum(quotient, root)  # zero, infinity and NaN stay what they are
+        if reciprocal == 0:
+            quotient = div(root, value)
+        return quotient
+
+
+@triton.jit
 def maximum(a, b):
     """The larger of a and b; NaN where one of them is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -24,7 +24,7 @@ static double random_value(bool special) {
   uint32_t kind = random_bits() % 64;
   double sign = random_bits() % 2 ? 1 : -1;
   if (special && kind < 6) {
-    const double values[] = {0.0, 1e-41, 1e-310, 6e-8, 1.0 / 0.0, 0.0 / 0.0};
+    const double values[] = {0.0, 1e-41, random_bits() % 2 ? 1e-310 : 1e-30, random_bits() % 2 ? 6e-8 : 1e30, 1.0 / 0.0, 0.0 / 0.0};
     return sign * values[kind];
   }
   return sign * (1 + random_bits() * 0x1p-31) * (kind % 2 ? 1 : 0x1p-8);
@@ -37,7 +37,8 @@ static void put(void* data, DType dtype, int64_t i, double value) {
   if (dtype == DType::f32) static_cast<float*>(data)[i] = single;
   else if (dtype == DType::f64) static_cast<double*>(data)[i] = value;
   else if (dtype == DType::bf16) static_cast<uint16_t*>(data)[i] = uint16_t(bits >> 16);
-  else static_cast<uint16_t*>(data)[i] = uint16_t(bits >> 16 & 0x8000) | uint16_t(random_bits() & 0x3fff);  // finite halves
+  else static_cast<uint16_t*>(data)[i] =
+           uint16_t(bits >> 16 & 0x8000) | uint16_t(single != single ? 0x7e00 : single - single != 0 ? 0x7c00 : random_bits() & 0x3fff);
 }
 
 // The bits of an element, one value for all NaNs: their payload is the processor's choice.
@@ -49,10 +50,11 @@ static uint64_t canonical(const void* data, DType dtype, int64_t i) {
   return magnitude > infinity ? ~uint64_t(0) : bits;
 }
 
-// One set of tensors, each in a heap block of its exact extent, so that a sanitizer sees the first byte beyond.
+// One set of tensors, each up to the end of its heap block, so that a sanitizer sees the first byte beyond.
 struct Case {
   struct Tensor {
     std::unique_ptr<char[]> memory;
+    char* data;
     DType dtype;
     int64_t extent;
   };
@@ -66,7 +68,20 @@ struct Case {
 
 struct Sizes { int64_t numel; bool strided; };
 
-static Case make(int index, unsigned used, DType param, DType state, bool special, std::initializer_list<Sizes> sizes) {
+// Hyper-parameters of 0.3 to 0.6, which is lerp from both ends, sometimes 0 or 1, and rarely a NaN with every bit set.
+template <class Scalars, class Hyper> static void put_scalars(void* out) {
+  double numbers[sizeof(Hyper) / sizeof(double)];
+  for (double& number : numbers) {
+    const uint32_t kind = random_bits() % 64;
+    number = kind < 16 ? 0 : kind < 20 ? 1 : (1 + random_bits() * 0x1p-31) * 0.3;
+    if (kind == 20) std::memset(&number, 0xff, sizeof number);
+  }
+  Hyper hyper;
+  std::memcpy(&hyper, numbers, sizeof hyper);
+  new (out) Scalars(hyper, 5);
+}
+
+template <class O> static Case make(int index, unsigned used, DType param, DType state, bool special, const std::vector<Sizes>& sizes) {
   Case c;
   int64_t work = 0;
   for (Sizes s : sizes) {
@@ -83,20 +98,20 @@ static Case make(int index, unsigned used, DType param, DType state, bool specia
       Case::Tensor t;
       t.dtype = row.dtype[k] = k < 2 ? param : state;
       t.extent = s.strided && k == 1 ? 2 * s.numel - 1 : s.numel;
-      t.memory.reset(new char[size_t(t.extent * itemsize(t.dtype))]);
+      const int64_t size = t.extent * itemsize(t.dtype), offset = s.numel % 2 * (k + 1) * itemsize(t.dtype);  // not aligned to vectors
+      t.memory.reset(new char[size_t(offset + size)]);
+      t.data = t.memory.get() + offset;
       for (int64_t i = 0; i < t.extent; i++) {
         double value = random_value(special);
-        put(t.memory.get(), t.dtype, i, k >= 2 ? value * value : value);
+        put(t.data, t.dtype, i, k >= 2 ? value * value : value);
       }
-      row.data[k] = t.memory.get();
+      row.data[k] = t.data;
       c.tensors.back().push_back(std::move(t));
     }
     c.scalars.emplace_back(size_t(max_scalars));
-    for (int i = 0; i < max_scalars; i++) {
-      double value = i == 0 ? -1 : (1 + random_bits() * 0x1p-31) * 0.3;
-      if (param == DType::f64) c.scalars.back()[size_t(i)] = value;
-      else reinterpret_cast<float*>(c.scalars.back().data())[i] = float(value);
-    }
+    using Hyper = typename O::template Hyper<double>;
+    if (param == DType::f64) put_scalars<typename O::template Scalars<double>, Hyper>(c.scalars.back().data());
+    else put_scalars<typename O::template Scalars<float>, Hyper>(c.scalars.back().data());
     c.rows.push_back(row);
     c.ends.push_back(work += s.numel + row_cost);
   }
@@ -121,7 +136,7 @@ static uint64_t step(const Isa& isa, Case& c, int threads) {
   uint64_t hash = 1469598103934665603u;
   for (auto& row : c.tensors)
     for (auto& t : row)
-      for (int64_t i = 0; i < t.extent; i++) hash = (hash ^ canonical(t.memory.get(), t.dtype, i)) * 1099511628211u;
+      for (int64_t i = 0; i < t.extent; i++) hash = (hash ^ canonical(t.data, t.dtype, i)) * 1099511628211u;
   return hash;
 }
 
@@ -129,6 +144,8 @@ static int failures = 0, cases = 0;
 static uint64_t all = 0;
 
 template <class O> static void check(int index) {
+  std::vector<Sizes> sizes = {{0, false}, {1, false}, {7, false}, {64, false}, {517, false}, {1029, true}, {1, false}, {3000, false}, {3, true}};
+  for (int64_t numel = 2; numel < 70; numel++) sizes.push_back({numel, false});
   const DType dtypes[][2] = {{DType::f32, DType::f32}, {DType::f64, DType::f64}, {DType::bf16, DType::bf16}, {DType::f16, DType::f16},
                              {DType::bf16, DType::f32}, {DType::f16, DType::f32}, {DType::f64, DType::f32}, {DType::f32, DType::bf16}};
   for (unsigned used = 0; used < 1u << sizeof(O::slots) / sizeof(char*); used++) {
@@ -140,8 +157,7 @@ template <class O> static void check(int index) {
           for (int threads : {1, 2, 3}) {
             if (!isas[i].supported()) continue;
             random_state = 7;
-            Case c = make(index, used, dtype[0], dtype[1], special,
-                             {{0, false}, {1, false}, {7, false}, {64, false}, {517, false}, {1029, true}, {1, false}, {3000, false}, {3, true}});
+            Case c = make<O>(index, used, dtype[0], dtype[1], special, sizes);
             uint64_t hash = step(isas[i], c, threads);
             if (!expected) expected = hash;
             if (hash != expected) {
@@ -160,7 +176,29 @@ template <class... O> static void check_all(std::tuple<O...>*) {
   (check<O>(index++), ...);
 }
 
+// A root divided by a known divisor must be the processor's division, for every mantissa, exponent and special value.
+static void check_divisors() {
+  for (double number : {1.0, 0.03, 0.31622776, 0.99999994, 0.50000006, 1.2e-9, 1.0 / 3, 1e-12, 0.0}) {
+    Divisor<float> divisor;
+    divisor = number;
+    bool same = true;
+    for (uint32_t i = 0; i < (1u << 23) + (1u << 16); i++) {
+      const uint32_t bits = i < 1u << 23 ? 0x3f800000 | i : i << 16;  // all mantissas; all exponents, signs and a few mantissas
+      float root;
+      std::memcpy(&root, &bits, 4);
+      if (root < 0 || (root > 0 && root < 0x1p-75f) || (root > 0x1p64f && root < INFINITY)) continue;  // no fp32 number's root
+      const float quotient = divide_root(root, divisor), expected = root / divisor.value;
+      same &= std::memcmp(&quotient, &expected, 4) == 0 || (quotient != quotient && expected != expected);
+    }
+    cases++;
+    if (same) continue;
+    failures++;
+    std::printf("a root divided by %g differs\n", number);
+  }
+}
+
 int main() {
+  check_divisors();
   check_all(static_cast<Optimizers*>(nullptr));
   std::printf("hash %016llx\n%d passed, %d failed\n", static_cast<unsigned long long>(all), cases - failures, failures);
   return failures != 0;

@@ -132,7 +132,7 @@ def scalars(algorithm, hypers, t, T):
         values["decay"] = 1 - hypers["lr"] * weight_decay if decoupled else 1
         values |= _lerp(T(1 - hypers["beta1"]))
         values |= {"beta2": hypers["beta2"], "one_minus_beta2": 1 - hypers["beta2"]}
-        values["bias_correction2_sqrt"] = (1 - hypers["beta2"] ** t) ** 0.5
+        values |= _divisor("bias_correction2_sqrt", T((1 - hypers["beta2"] ** t) ** 0.5))
         values["neg_step_size"] = -(hypers["lr"] / (1 - hypers["beta1"] ** t))
     return {name: T(value) for name, value in values.items()}
 
@@ -140,3 +140,10 @@ def scalars(algorithm, hypers, t, T):
 def _lerp(weight):
     near = abs(weight) < 0.5
     return {"lerp_weight": weight if near else weight - type(weight)(1), "lerp_from_grad": 0 if near else 1}
+
+
+def _divisor(name, value):
+    """With the two numbers that add up to its inverse, 0 where a division by multiplications would not be exact."""
+    moderate, T = 2.0**-30 < value <= 1, type(value)
+    inverse = 1 / float(value) if moderate else 0.0
+    return {name: value, f"{name}_reciprocal": T(inverse), f"{name}_rest": T(inverse - float(T(inverse)))}
