@@ -8,8 +8,9 @@
 //
 // step(optimizer, fresh)  the same, after state was made for the parameters in the list `fresh`, which is emptied before it writes
 //
-// Nothing read from a tensor, a group or `state` outlives a call, so nothing can be stale. What a plan keeps is memory used again, and on
-// a GPU what was uploaded last, to be compared.
+// A step follows no address that it did not read or verify itself, so nothing can be stale. What a plan keeps of the step before is there
+// to be compared: where every object, dtype, device, shape and stride is what `check` saw, its conclusions hold and `recheck` is enough;
+// at the first difference `check` does it all again.
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/rsub.h>
@@ -32,9 +33,9 @@
 namespace fastopt {
 namespace {
 
-// ---- counted memory: a test asserts that a hot step allocates nothing
+// ---- counted: tests assert that a hot step allocates nothing, and that a step like the one before is only compared with it
 
-int64_t allocations = 0;
+int64_t allocations = 0, checks = 0;
 
 template <class T> struct Counted {
   using value_type = T;
@@ -216,9 +217,10 @@ C10_ALWAYS_INLINE bool is_alike(const at::TensorImpl* t, const at::TensorImpl* p
   if (t->key_set() != param->key_set() || t->dtype() != param->dtype()) return false;
   if (on_gpu && t->device() != device) return false;   // the keys say CPU, but not which GPU
   const at::IntArrayRef sizes = t->sizes(), strides = t->strides(), param_sizes = param->sizes(), param_strides = param->strides();
-  bool same = sizes.size() == param_sizes.size();
-  for (size_t d = 0; same && d < sizes.size(); d++) same = sizes[d] == param_sizes[d] && strides[d] == param_strides[d];
-  return same;
+  if (sizes.size() != param_sizes.size()) return false;
+  for (size_t d = 0; d < sizes.size(); d++)
+    if (sizes[d] != param_sizes[d] || (strides[d] != param_strides[d] && sizes[d] > 1)) return false;
+  return true;
 }
 
 C10_ALWAYS_INLINE bool dtype_of(const at::TensorImpl* t, DType& out) {
@@ -234,6 +236,19 @@ C10_ALWAYS_INLINE bool dtype_of(const at::TensorImpl* t, DType& out) {
 // Whether looking a key up in the object is looking it up in the dict that it is.
 bool is_dict(PyObject* object) {
   return PyDict_Check(object) && Py_TYPE(object)->tp_as_mapping->mp_subscript == PyDict_Type.tp_as_mapping->mp_subscript;
+}
+
+// A number that no other dict has or had and that changes when the dict does, so that what it holds need not be looked up again; 0 from
+// Python 3.14 on, which has none.
+C10_ALWAYS_INLINE uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030E0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
 }
 
 // Looks keys up in a dict. Asked in the order in which they stand there, which is the usual case, it takes no search.
@@ -278,6 +293,7 @@ class Plan {
   explicit Plan(int index) : index(index), optimizer(optimizers[index]) {}
   PyObject* step(PyObject* self, PyObject* fresh);
   void set_buffer(size_t bucket, int64_t words, int64_t address);
+  void take_back(size_t bucket);
 
  private:
   struct Group {                                  // what the options of a param group say
@@ -298,6 +314,8 @@ class Plan {
     size_t scalars;
     int64_t layout;
     size_t bucket;                                // of a GPU row
+    bool moved;                                   // whether an address is another than at the step before
+    int64_t table_at;                             // of a GPU row: its place in the image
     int64_t count_address;                        // of the step count on the GPU, for a capturable row
   };
   struct Batch {
@@ -313,6 +331,7 @@ class Plan {
     int64_t capacity = 0, base = 0;               // of its buffer on the device: words of 8 bytes that it holds, its address
     Vec<int64_t> image;                           // the arrays of kernels/multi_tensor.py, as last handed over
     Vec<int64_t> numels;                          // of the rows in it
+    Vec<size_t> scalars;                          // place in the plan's `scalars` of each row of scalars
     bool current = false;                         // whether image has the present shapes
     int64_t programs = 0, words = 0, table_at = 0, hypers_at = 0, numbers_at = 0, scalars_at = 0, changed_from = 0, changed_to = 0;
     int64_t rows = 0, scalar_rows = 0, last_scalars = -1;
@@ -320,8 +339,30 @@ class Plan {
   };
   struct Extent { uintptr_t begin, end; bool written; };   // of a parameter or gradient in memory
 
+  // What `check` saw, in the order of its walk. Without address it is compared before it is followed.
+  struct SeenGroup {
+    PyObject *dict, *params;
+    uint64_t version;                             // of dict
+    Py_ssize_t count;                             // of params
+    int64_t group;                                // place in `groups`; -1 if no parameter has a gradient
+  };
+  struct SeenParam {
+    PyObject *object, *entry, *slots[max_slots], *step;
+    uint64_t entry_version;
+    PyTypeObject* type;
+    c10::DispatchKeySet keys, step_keys;
+    caffe2::TypeMeta dtype, step_dtype;
+    c10::Device device = at::kCPU;
+    bool has_grad, on_gpu;
+    size_t row, extents;                          // places in the batch of its device and in `extents`
+  };
+
   void check(PyObject* self, PyObject* fresh);
-  void read_group(PyObject* dict, size_t at, bool capturable);
+  bool recheck(PyObject* self);
+  void fetch(const SeenParam& seen) const;
+  bool recheck_group(PyObject* dict, SeenGroup& seen, size_t at);
+  bool recheck_param(PyObject* object, const SeenParam& seen, size_t group_at);
+  Group read_group(PyObject* dict, size_t at, bool capturable);
   void check_param(PyObject* object, PyObject* group_dict, Where where, bool capturable, bool& group_read, Reader& state);
   at::TensorImpl* check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const py::object& placement,
                              const char* name, Where where, DType& dtype);
@@ -332,9 +373,16 @@ class Plan {
   bool rows_overlap();
   void count_repeated_steps();
   void count_steps(Batch& batch);
+  void lay_out(bool in_turn);
   void write(bool in_turn);
   size_t bucket_of(const Row& row, c10::DeviceIndex device, bool capturable);
+  bool images_fit() const;
   PyObject* gpu_wants();
+  void fill_images();
+  void refresh_images();
+  void put(Bucket& b, int64_t at, int64_t word);
+  void put_addresses(Bucket& b, int64_t at, const Row& row);
+  void put_scalars(Bucket& b, size_t row, size_t from);
   PyObject* gpu_launches();
   void run_rows(const Row* first, const int64_t* ends, size_t count);
   void clear();
@@ -346,23 +394,36 @@ class Plan {
   bool busy = false;                              // a step is under way, perhaps without the GIL
   bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
 
-  // Memory used again; its content is that of one call.
-  PyObject* missing = nullptr;                              // [(group, param), ...], or null
-  std::vector<PyObject*> fresh_params;            // sorted; optimizers without step count need to know
+  // What the last check concluded, in the order of its walk, and what it saw.
+  bool comparable = false;                        // whether what it saw is all that its conclusions depend on
+  bool kept = false;                              // whether it is there to be compared
+  uint64_t state_version = 0;
+  c10::DeviceType checked_gpu_type = c10::kCUDA;
+  Vec<SeenGroup> seen_groups;
+  Vec<SeenParam> seen_params;
   Vec<Group> groups;
-  Vec<Value> values;
-  Vec<Scalars> scalars;
   Batch cpu, gpu;
-  Vec<Extent> extents;
+  Vec<Extent> extents;                            // of the parameter and of the gradient of each row
   Vec<int64_t> ends;
   Vec<Layout> layouts;
   Vec<int64_t> dims;
+  int64_t work = 0;                               // of all CPU rows
+
+  // How a step differs from the one before it, to which it was compared.
+  bool moved = false;                             // whether some row has
+  bool regrouped = false;                         // whether some row has its scalars in another place
+
+  // Memory used again; its content is that of one call.
+  PyObject* missing = nullptr;                    // [(group, param), ...], or null
+  std::vector<PyObject*> fresh_params;            // sorted; optimizers without step count need to know
+  Vec<Value> values;
+  Vec<Scalars> scalars;
   Vec<c10::intrusive_ptr<at::TensorImpl>> alive;
 };
 
 void Plan::clear() {
-  groups.clear(), values.clear(), scalars.clear(), cpu.clear(), gpu.clear(), extents.clear(), ends.clear();
-  layouts.clear(), dims.clear(), alive.clear(), fresh_params.clear();
+  seen_groups.clear(), seen_params.clear(), groups.clear(), cpu.clear(), gpu.clear(), extents.clear(), ends.clear();
+  layouts.clear(), dims.clear(), values.clear(), scalars.clear();
 }
 
 void Plan::add_missing(PyObject* group_dict, PyObject* param) {
@@ -384,15 +445,14 @@ int64_t device_number(at::TensorImpl* t) {
 
 // The numbers behind the keys of a group. A tensor makes all of them Values, whose arithmetic is torch's; but of a tensor on the GPU in
 // a capturable group, only the address is taken.
-void Plan::read_group(PyObject* dict, size_t at, bool capturable) {
-  groups.push_back({});
-  Group& group = groups.back();
+Plan::Group Plan::read_group(PyObject* dict, size_t at, bool capturable) {
+  Group group = {};
   group.device = -1;
   Value read[max_numbers];
   int n = 0;
   bool tensors = false;
   auto put = [&](PyObject* item, const char* key) {
-    if (PyFloat_CheckExact(item)) {
+    if (PyFloat_Check(item)) {
       group.numbers[n] = PyFloat_AS_DOUBLE(item);
     } else if (!PyLong_CheckExact(item) && THPVariable_Check(item)) {   // isinstance(1, torch.Tensor) is a call into Python
       const at::Tensor& tensor = THPVariable_Unpack(item);
@@ -447,6 +507,7 @@ void Plan::read_group(PyObject* dict, size_t at, bool capturable) {
     group.values = int64_t(values.size());
     for (int i = 0; i < n; i++) values.push_back(read[i]);
   }
+  return group;
 }
 
 size_t Plan::scalars_for(Group& group, double t, bool f64, size_t group_at) {
@@ -540,6 +601,9 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   if (!exact && !THPVariable_Check(object)) raise(PyExc_TypeError, c10::str("optimizer can only optimize Tensors, but ", where, " is ", Py_TYPE(object)->tp_name));
   const at::Tensor& grad_tensor = THPVariable_Unpack(object).unsafeGetTensorImpl()->grad();
   if (!exact && !is_dtensor(object) && has_own_grad(object)) throw Outside{"a parameter is of a class with a grad of its own"};
+  comparable &= exact;
+  SeenParam& seen = seen_params.emplace_back();
+  seen.object = object, seen.type = Py_TYPE(object);
   if (!grad_tensor.defined()) return;
   at::TensorImpl *param = THPVariable_Unpack(object).unsafeGetTensorImpl(), *grad = grad_tensor.unsafeGetTensorImpl();
   py::object placement;                                              // null but for a DTensor
@@ -569,13 +633,16 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   if (!all_alike) check_grad(grad, param, dtype, where);
 
   if (!group_read) {
-    read_group(group_dict, where.group, capturable);
+    seen_groups.back().group = int64_t(groups.size());
+    groups.push_back(read_group(group_dict, where.group, capturable));
     group_read = true;
   }
   Group& group = groups.back();
   Batch& batch = on_gpu ? gpu : cpu;
   Row& row = batch.rows.emplace_back();           // if it stays unfinished, nothing will be written
   Written& w = batch.written.emplace_back();
+  seen.has_grad = true, seen.keys = param->key_set(), seen.dtype = param->dtype(), seen.device = device, seen.on_gpu = on_gpu;
+  seen.row = batch.rows.size() - 1, seen.extents = extents.size();
   row.optimizer = uint8_t(index), row.used = uint8_t(group.used), row.numel = param->numel();
   w.param = param, w.grad = grad, w.group = uint32_t(groups.size() - 1);
   at::TensorImpl* operands[max_operands] = {param, grad};
@@ -588,8 +655,9 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
     PyObject* entry = state.of_tensor(object);
     if (!entry || (PyDict_Check(entry) && PyDict_GET_SIZE(entry) == 0)) return add_missing(group_dict, object);
     if (!PyDict_Check(entry)) raise(PyExc_TypeError, c10::str("state of ", where, " must be a dict, not ", Py_TYPE(entry)->tp_name));
+    seen.entry = entry, seen.entry_version = version_of(entry);
     Reader read(entry);
-    PyObject* step = optimizer.has_step ? read(names->step) : nullptr;
+    PyObject* step = seen.step = optimizer.has_step ? read(names->step) : nullptr;
     for (int k = 0; k < optimizer.slots; k++) {
       if (!(group.used >> k & 1)) continue;
       const char* name = optimizer.slot_names[k];
@@ -604,6 +672,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
         slot_size = itemsize(row.dtype[2 + k]);
         all_alike = false;
       }
+      seen.slots[k] = value;
       w.slots[k] = operands[2 + k] = slot;
       row.data[2 + k] = memory_of(slot, slot_size, true, name, where);
     }
@@ -619,6 +688,8 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
       const bool is_number = is_plain(w.step) && dtype_of(w.step, count) && (count == DType::f32 || count == DType::f64);
       if (!is_number || (capturable ? w.step->device() != device : w.step->device_type() != at::kCPU)) return add_missing(group_dict, object);
       check_written(w.step, "state['step']", where);
+      seen.step_keys = w.step->key_set(), seen.step_dtype = w.step->dtype();
+      comparable &= is_exact(step) && !w.step->is_inference();
       void* memory = memory_of(w.step, itemsize(count), true, "state['step']", where);
       if (capturable) {
         w.count_address = reinterpret_cast<int64_t>(memory) + (count == DType::f32);
@@ -630,7 +701,10 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   }
   if (!optimizer.has_step) w.t = std::binary_search(fresh_params.begin(), fresh_params.end(), object) ? 1 : 2;
   if (!capturable) w.scalars = scalars_for(group, w.t, dtype == DType::f64, where.group);
-  w.layout = all_alike && param->is_non_overlapping_and_dense() ? -1 : layout_of(operands);
+  const bool simple = all_alike && param->is_non_overlapping_and_dense();
+  comparable &= simple && !param->is_inference();
+  w.layout = simple ? -1 : layout_of(operands);
+  w.moved = true;
 
   extents.push_back(extent_of(param, row.data[0], size, w.layout < 0, true));
   extents.push_back(extent_of(grad, row.data[1], size, w.layout < 0, false));
@@ -677,12 +751,38 @@ int64_t Plan::layout_of(at::TensorImpl* const* operands) {
   return int64_t(layouts.size()) - 1;
 }
 
-void Plan::check(PyObject* self, PyObject* fresh) {
+// Whether a param group is read without a call into Python, and its numbers can change only with its version.
+bool is_simple_group(PyObject* dict, const Optimizer& optimizer, PyObject* const* keys) {
+  auto is_simple = [](PyObject* item) { return PyFloat_Check(item) || PyLong_CheckExact(item) || PyBool_Check(item) || item == Py_None; };
+  for (int k = 0; k < optimizer.keys; k++) {
+    PyObject* item = PyDict_GetItemWithError(dict, keys[k]);
+    if (!item) return false;
+    const bool is_pair = optimizer.key[k].kind == pair && PyTuple_CheckExact(item) && PyTuple_GET_SIZE(item) == 2;
+    if (!(is_pair ? is_simple(PyTuple_GET_ITEM(item, 0)) && is_simple(PyTuple_GET_ITEM(item, 1)) : is_simple(item))) return false;
+  }
+  for (PyObject* name : {names->differentiable, names->capturable}) {
+    PyObject* item = PyDict_GetItemWithError(dict, name);
+    if (item && item != Py_False) return false;
+  }
+  return true;
+}
+
+void refuse_modes() {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Outside{"a torch dispatch mode is active"};
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) throw Outside{"a torch.func transform is active"};
+}
+
+void Plan::check(PyObject* self, PyObject* fresh) {
+  checks++;
+  clear();
+  regrouped = true;
+  checked_gpu_type = gpu_type;
+  comparable = PY_VERSION_HEX < 0x030E0000;          // with version_of
+  refuse_modes();
   const py::object groups_object = attribute(self, names->param_groups), state_object = attribute(self, names->state);
   PyObject* param_groups = groups_object.ptr();
   if (!PyList_Check(param_groups) || !is_dict(state_object.ptr())) throw Outside{"param_groups is no list or state no dict"};
+  state_version = version_of(state_object.ptr());    // first the version, then what it stands for: here and below
   Reader read_state(state_object.ptr());
   if (fresh && !optimizer.has_step) {
     for (py::handle param : py::reinterpret_borrow<py::object>(fresh)) fresh_params.push_back(param.ptr());
@@ -691,12 +791,15 @@ void Plan::check(PyObject* self, PyObject* fresh) {
   const char* reason = nullptr;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); g++) {
     PyObject* dict = PyList_GET_ITEM(param_groups, g);
+    const uint64_t version = is_dict(dict) ? version_of(dict) : 0;
     PyObject* params = is_dict(dict) ? PyDict_GetItemWithError(dict, names->params) : nullptr;
     if (!params || !PyList_Check(params)) throw Outside{"a param group is no dict or has no list of params"};
     PyObject* differentiable = PyDict_GetItemWithError(dict, names->differentiable);
     PyObject* capturable = PyDict_GetItemWithError(dict, names->capturable);
     if (differentiable && is_true(differentiable)) throw Outside{"differentiable=True"};
     const bool is_capturable = capturable && is_true(capturable);
+    comparable = comparable && is_simple_group(dict, optimizer, names->keys[index]);
+    seen_groups.push_back({dict, params, version, PyList_GET_SIZE(params), -1});
     bool group_read = false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) try {
       check_param(PyList_GET_ITEM(params, i), dict, {size_t(g), size_t(i)}, is_capturable, group_read, read_state);
@@ -705,6 +808,110 @@ void Plan::check(PyObject* self, PyObject* fresh) {
     }
   }
   if (reason) throw Outside{reason};
+}
+
+constexpr int ahead = 4;                            // parameters whose memory is asked for before it is read
+
+// The same for a step like the one before: whether everything is as `check` saw it, but for numbers and addresses, which are brought up to
+// date. It calls nothing of Python's, so what a version stands for stays alive.
+bool Plan::recheck(PyObject* self) {
+  refuse_modes();
+  const py::object groups_object = attribute(self, names->param_groups), state_object = attribute(self, names->state);
+  PyObject* param_groups = groups_object.ptr();
+  if (!PyList_Check(param_groups) || PyList_GET_SIZE(param_groups) != Py_ssize_t(seen_groups.size())) return false;
+  if (!is_dict(state_object.ptr()) || version_of(state_object.ptr()) != state_version) return false;
+  scalars.clear();
+  moved = regrouped = false;
+  const SeenParam* seen_param = seen_params.data();
+  for (size_t g = 0; g < seen_groups.size(); g++) {
+    SeenGroup& seen = seen_groups[g];
+    if (!recheck_group(PyList_GET_ITEM(param_groups, Py_ssize_t(g)), seen, g)) return false;
+    for (Py_ssize_t i = 0; i < seen.count; i++) {
+      if (seen_param + ahead < seen_params.data() + seen_params.size()) fetch(seen_param[ahead]);
+      if (!recheck_param(PyList_GET_ITEM(seen.params, i), *seen_param++, g)) return false;
+    }
+  }
+  return !moved || !rows_overlap();
+}
+
+// Asks for the memory that `recheck_param` will read: the objects of a parameter lie all over the heap.
+C10_ALWAYS_INLINE void Plan::fetch(const SeenParam& seen) const {
+  if (!seen.has_grad) return;
+  const Written& w = (seen.on_gpu ? gpu : cpu).written[seen.row];
+  for (const at::TensorImpl* t : {w.param, w.grad, w.slots[0], w.slots[1], w.slots[2], w.step})
+    for (size_t at = 0; at < sizeof(at::TensorImpl); at += 64) __builtin_prefetch(reinterpret_cast<const char*>(t) + at);
+  for (PyObject* object : {seen.object, seen.entry, seen.slots[0], seen.slots[1], seen.slots[2], seen.step}) __builtin_prefetch(object);
+}
+
+bool Plan::recheck_group(PyObject* dict, SeenGroup& seen, size_t at) {
+  if (dict != seen.dict || !is_dict(dict)) return false;
+  if (const uint64_t version = version_of(dict); version != seen.version) {
+    if (!is_simple_group(dict, optimizer, names->keys[index])) return false;
+    seen.version = version, seen.params = PyDict_GetItemWithError(dict, names->params);
+    if (!seen.params || !PyList_Check(seen.params)) return false;
+    if (seen.group >= 0) {
+      const Group group = read_group(dict, at, false);
+      if (group.used != groups[size_t(seen.group)].used) return false;
+      groups[size_t(seen.group)] = group;
+    }
+  }
+  if (seen.group >= 0) groups[size_t(seen.group)].last_t[0] = groups[size_t(seen.group)].last_t[1] = std::nan("");
+  return PyList_GET_SIZE(seen.params) == seen.count;
+}
+
+C10_ALWAYS_INLINE bool Plan::recheck_param(PyObject* object, const SeenParam& seen, size_t group_at) {
+  if (object != seen.object || Py_TYPE(object) != seen.type) return false;
+  at::TensorImpl* param = THPVariable_Unpack(object).unsafeGetTensorImpl();
+  at::TensorImpl* grad = param->grad().unsafeGetTensorImpl();
+  const bool has_grad = param->grad().defined();
+  if (has_grad != seen.has_grad) return false;
+  if (!has_grad) return true;
+  Batch& batch = seen.on_gpu ? gpu : cpu;
+  Row& row = batch.rows[seen.row];
+  Written& w = batch.written[seen.row];
+  if (param->key_set() != seen.keys || param->dtype() != seen.dtype || param->numel() != row.numel || !param->is_non_overlapping_and_dense() ||
+      (seen.on_gpu && param->device() != seen.device) || !is_alike(grad, param, seen.on_gpu, seen.device)) return false;
+
+  const int64_t size = itemsize(row.dtype[0]);
+  w.moved = false;
+  auto read_address = [&](int k, at::TensorImpl* t) {
+    c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
+    char* base = static_cast<char*>(k == 1 ? const_cast<void*>(storage->data()) : storage->mutable_data());
+    void* data = base + t->storage_offset() * size;
+    w.moved |= row.data[k] != data;
+    row.data[k] = data;
+    return base || !row.numel;
+  };
+  w.param = param, w.grad = grad;
+  if (!read_address(0, param) || !read_address(1, grad)) return false;
+  if (seen.entry) {
+    if (version_of(seen.entry) != seen.entry_version) return false;
+    for (int k = 0; k < max_slots; k++) {
+      if (!seen.slots[k]) continue;
+      if (!is_exact(seen.slots[k])) return false;
+      at::TensorImpl* slot = w.slots[k] = THPVariable_Unpack(seen.slots[k]).unsafeGetTensorImpl();
+      if (!is_alike(slot, param, seen.on_gpu, seen.device) || !read_address(2 + k, slot)) return false;
+    }
+    if (seen.step) {
+      if (!is_exact(seen.step)) return false;
+      at::TensorImpl* step = w.step = THPVariable_Unpack(seen.step).unsafeGetTensorImpl();
+      if (step->key_set() != seen.step_keys || step->dtype() != seen.step_dtype || step->numel() != 1) return false;
+      void* base = step->unsafe_storage().unsafeGetStorageImpl()->mutable_data();
+      if (!base) return false;
+      w.count = static_cast<char*>(base) + step->storage_offset() * (w.count_f64 ? 8 : 4);
+      w.t = w.count_f64 ? *static_cast<double*>(w.count) + 1.0 : *static_cast<float*>(w.count) + 1.0f;
+    }
+  }
+  if (!optimizer.has_step) w.t = 2;
+  const size_t at = scalars_for(groups[w.group], w.t, row.dtype[0] == DType::f64, group_at);
+  regrouped |= w.scalars != at;
+  w.scalars = at;
+  if (w.moved) {
+    moved = true;
+    extents[seen.extents] = extent_of(param, row.data[0], size, true, true);
+    extents[seen.extents + 1] = extent_of(grad, row.data[1], size, true, false);
+  }
+  return true;
 }
 
 // Whether a parameter shares memory with another, or with a gradient: the rows must then be stepped in turn. The order by address is
@@ -758,15 +965,16 @@ void Plan::count_steps(Batch& batch) {
 constexpr int64_t grain = 16384;          // work below which a second thread costs more than it brings
 constexpr int64_t release_gil = 1 << 19;  // work from which other Python threads shall run meanwhile; about 0.1 ms
 
-void Plan::run_rows(const Row* first, const int64_t* work, size_t count) {
-  const int64_t total = work[count - 1];
-  auto run_share = [&](int64_t begin, int64_t end) { run(*isa, first, work, count, begin, end); };
+void Plan::run_rows(const Row* first, const int64_t* upto, size_t count) {
+  const int64_t total = upto[count - 1];
+  auto run_share = [&](int64_t begin, int64_t end) { run(*isa, first, upto, count, begin, end); };
   if (total <= grain) run_share(0, total);
   else at::parallel_for(0, total, grain, run_share);
 }
 
-void Plan::write(bool in_turn) {
-  int64_t total = 0;
+// What the rows of the CPU need to be run, but for their scalars.
+void Plan::lay_out(bool in_turn) {
+  work = 0;
   const int64_t* at = dims.data();
   for (Layout& layout : layouts) {
     layout.sizes = at;
@@ -775,18 +983,21 @@ void Plan::write(bool in_turn) {
   }
   for (size_t r = 0; r < cpu.rows.size(); r++) {
     Row& row = cpu.rows[r];
-    const Written& w = cpu.written[r];
-    row.scalars = &scalars[w.scalars];
-    row.layout = w.layout < 0 ? nullptr : &layouts[w.layout];
-    total += row.numel + row_cost;
-    ends.push_back(in_turn ? row.numel + row_cost : total);
+    const int64_t layout = cpu.written[r].layout;
+    row.layout = layout < 0 ? nullptr : &layouts[layout];
+    work += row.numel + row_cost;
+    ends.push_back(in_turn ? row.numel + row_cost : work);
   }
+}
+
+void Plan::write(bool in_turn) {
+  for (size_t r = 0; r < cpu.rows.size(); r++) cpu.rows[r].scalars = &scalars[cpu.written[r].scalars];
   count_steps(cpu);
   auto run_all = [&] {
     if (!in_turn) return run_rows(cpu.rows.data(), ends.data(), cpu.rows.size());
     for (size_t r = 0; r < cpu.rows.size(); r++) run_rows(&cpu.rows[r], &ends[r], 1);
   };
-  if (total < release_gil) return run_all();
+  if (work < release_gil) return run_all();
   auto hold = [&](at::TensorImpl* t) { if (t) alive.push_back(c10::intrusive_ptr<at::TensorImpl>::reclaim_copy(t)); };
   for (const Written& w : cpu.written) {
     hold(w.param), hold(w.grad);
@@ -806,28 +1017,39 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
     Plan& plan;
     explicit Call(Plan& p) : plan(p) { plan.busy = true, plan.missing = nullptr; }
     ~Call() {
-      plan.clear();
+      plan.alive.clear(), plan.fresh_params.clear(), plan.values.clear();
       plan.busy = false;
       Py_XDECREF(plan.missing);
     }
   } call(*this);
+  const bool comparing = kept && !fresh && checked_gpu_type == gpu_type;
+  kept = false;                                     // until this step is done
+  bool in_turn = false;
   try {
-    check(self, fresh);
+    if (!comparing || !recheck(self)) {
+      check(self, fresh);
+      if (missing) return Py_NewRef(missing);
+      in_turn = rows_overlap();
+      if (in_turn && !gpu.rows.empty()) throw Outside{"on a GPU, parameters share memory"};
+      if (in_turn && !fresh_params.empty()) throw Outside{"parameters share memory at their first step"};
+      if (in_turn) count_repeated_steps();
+      lay_out(in_turn);
+    }
   } catch (const Outside& outside) {
     return PyUnicode_FromString(outside.reason);
   }
-  if (missing) return Py_NewRef(missing);
-  const bool in_turn = rows_overlap();
-  if (!gpu.rows.empty()) {
-    if (in_turn) return PyUnicode_FromString("on a GPU, parameters share memory");
+  const bool fit = !regrouped && images_fit();
+  if (!gpu.rows.empty() && !fit)
     if (PyObject* wants = gpu_wants()) return wants;
-  }
-  if (in_turn && !fresh_params.empty()) return PyUnicode_FromString("parameters share memory at their first step");
-  if (!cpu.rows.empty() && in_turn) count_repeated_steps();
   if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();   // from here on, it is written
   if (!cpu.rows.empty()) write(in_turn);
-  if (!gpu.rows.empty()) return gpu_launches();
-  Py_RETURN_NONE;
+  PyObject* launches = nullptr;
+  if (!gpu.rows.empty()) {
+    fit ? refresh_images() : fill_images();
+    launches = gpu_launches();
+  }
+  kept = comparable && !in_turn;
+  return launches ? launches : Py_NewRef(Py_None);
 }
 
 // ---- the GPU half of the plan: the arrays of kernels/multi_tensor.py, and what of them changed
@@ -895,66 +1117,105 @@ PyObject* Plan::gpu_wants() {
   return py::tuple(wants).release().ptr();
 }
 
-// Brings every image up to date. Returns ((bucket, programs, table_at, scalars_at, changed from, to, address of the image, rows to prepare,
-// hypers_at), ...), all but the address and the counts in words of 8 bytes.
-PyObject* Plan::gpu_launches() {
+// Whether every image has the arrays that a step like the one before wants.
+bool Plan::images_fit() const {
+  return std::all_of(buckets.begin(), buckets.end(), [](const Bucket& b) { return b.current; });
+}
+
+void Plan::put(Bucket& b, int64_t at, int64_t word) {
+  if (b.image[size_t(at)] == word) return;
+  b.image[size_t(at)] = word;
+  b.changed_from = std::min(b.changed_from, at), b.changed_to = std::max(b.changed_to, at + 1);
+}
+
+void Plan::put_addresses(Bucket& b, int64_t at, const Row& row) {
+  for (int k = 0; k < 2 + optimizer.slots; k++) put(b, at + 2 + k, reinterpret_cast<int64_t>(row.data[k]));
+}
+
+void Plan::put_scalars(Bucket& b, size_t row, size_t from) {
+  const size_t size = size_t(optimizer.scalars) * (b.param == DType::f64 ? 8 : 4), at = row * size;   // in bytes
+  char* const to = reinterpret_cast<char*>(b.image.data() + b.scalars_at) + at;
+  if (!std::memcmp(to, &scalars[from], size)) return;
+  std::memcpy(to, &scalars[from], size);
+  b.changed_from = std::min(b.changed_from, b.scalars_at + int64_t(at / 8));
+  b.changed_to = std::max(b.changed_to, b.scalars_at + int64_t((at + size + 7) / 8));
+}
+
+// Brings every image up to date.
+void Plan::fill_images() {
   for (Bucket& b : buckets) {
     b.image.resize(size_t(b.words));
     b.changed_from = b.current ? b.words : 0, b.changed_to = b.current ? 0 : b.words;
     b.rows = b.scalar_rows = b.groups = 0, b.last_scalars = b.last_group = -1;
+    b.scalars.clear();
     if (b.current) continue;
+    b.current = true;
     int64_t* work = b.image.data();
     for (size_t row = 0; row < b.numels.size(); row++)
       for (int64_t c = 0; c * chunk < b.numels[row]; c++) *work++ = int64_t(row) << 32 | c;
   }
-  const size_t scalars_size = size_t(optimizer.scalars);
   for (size_t r = 0; r < gpu.rows.size(); r++) {
     const Row& row = gpu.rows[r];
-    const Written& w = gpu.written[r];
+    Written& w = gpu.written[r];
     Bucket& b = buckets[w.bucket];
-    int64_t* const image = b.image.data();
-    auto changed = [&](int64_t from, int64_t to) { b.changed_from = std::min(b.changed_from, from), b.changed_to = std::max(b.changed_to, to); };
-    auto put = [&](int64_t at, int64_t word) {
-      if (image[at] != word) image[at] = word, changed(at, at + 1);
-    };
     if (b.capturable) {
       const Group& group = groups[w.group];
       const int64_t numbers = optimizer.numbers;
       if (w.group != b.last_group) {
         int64_t words[max_numbers];
         std::memcpy(words, group.numbers, sizeof words);
-        for (int64_t i = 0; i < numbers; i++) put(b.numbers_at + b.groups * numbers + i, words[i]);
+        for (int64_t i = 0; i < numbers; i++) put(b, b.numbers_at + b.groups * numbers + i, words[i]);
         b.groups++, b.last_group = w.group;
       }
       const int64_t at = b.hypers_at + b.rows * (1 + numbers), numbers_at = b.numbers_at + (b.groups - 1) * numbers;
-      put(at, w.count_address);
-      for (int64_t i = 0; i < numbers; i++) put(at + 1 + i, group.addresses[i] ? group.addresses[i] : b.base + 8 * (numbers_at + i));
+      put(b, at, w.count_address);
+      for (int64_t i = 0; i < numbers; i++) put(b, at + 1 + i, group.addresses[i] ? group.addresses[i] : b.base + 8 * (numbers_at + i));
       b.scalar_rows++;
     } else if (int64_t(w.scalars) != b.last_scalars) {
-      const size_t size = scalars_size * (b.param == DType::f64 ? 8 : 4), at = size_t(b.scalar_rows++) * size;   // in bytes
-      char* const to = reinterpret_cast<char*>(image + b.scalars_at) + at;
-      if (std::memcmp(to, &scalars[w.scalars], size)) {
-        std::memcpy(to, &scalars[w.scalars], size);
-        changed(b.scalars_at + int64_t(at / 8), b.scalars_at + int64_t((at + size + 7) / 8));
-      }
+      put_scalars(b, size_t(b.scalar_rows++), w.scalars);
+      b.scalars.push_back(w.scalars);
       b.last_scalars = int64_t(w.scalars);
     }
-    const int64_t columns = 4 + optimizer.slots, at = b.table_at + b.rows++ * columns;
-    put(at, row.numel), put(at + 1, b.scalar_rows - 1);
-    for (int k = 0; k < 2 + optimizer.slots; k++) put(at + 2 + k, reinterpret_cast<int64_t>(row.data[k]));
+    w.table_at = b.table_at + b.rows++ * (4 + optimizer.slots);
+    put(b, w.table_at, row.numel), put(b, w.table_at + 1, b.scalar_rows - 1);
+    put_addresses(b, w.table_at, row);
   }
+}
+
+// The same where nothing but addresses and the values of scalars can differ.
+void Plan::refresh_images() {
+  for (Bucket& b : buckets) {
+    b.changed_from = b.words, b.changed_to = 0;
+    for (size_t row = 0; row < b.scalars.size(); row++) put_scalars(b, row, b.scalars[row]);
+  }
+  if (!moved) return;
+  for (size_t r = 0; r < gpu.rows.size(); r++)
+    if (const Written& w = gpu.written[r]; w.moved) put_addresses(buckets[w.bucket], w.table_at, gpu.rows[r]);
+}
+
+// Returns ((bucket, programs, table_at, scalars_at, changed from, to, address of the image, rows to prepare, hypers_at), ...), all but the
+// address and the counts in words of 8 bytes; or null if there are none.
+PyObject* Plan::gpu_launches() {
   py::list launches;
   for (size_t i = 0; i < buckets.size(); i++) {
     Bucket& b = buckets[i];
-    b.current = true;
     const int64_t prepared = b.capturable ? b.rows : 0;
     if (!b.programs && !prepared) continue;
     launches.append(py::make_tuple(i, b.programs, b.table_at, b.scalars_at, b.changed_from, b.changed_to, reinterpret_cast<int64_t>(b.image.data()),
                                    prepared, b.hypers_at));
   }
   count_steps(gpu);
-  if (launches.empty()) Py_RETURN_NONE;
+  if (launches.empty()) return nullptr;
   return py::tuple(launches).release().ptr();
+}
+
+// The launch of a bucket failed: its step counts are what they were.
+void Plan::take_back(size_t bucket) {
+  for (const Written& w : gpu.written) {
+    if (w.bucket != bucket || !w.count) continue;
+    if (w.count_f64) *static_cast<double*>(w.count) = w.t - 1;
+    else *static_cast<float*>(w.count) = float(w.t - 1);
+  }
 }
 
 // ---- the module
@@ -1043,7 +1304,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_buffer", [](py::object optimizer, size_t bucket, int64_t words, int64_t address) {
     plan_of(optimizer.ptr())->set_buffer(bucket, words, address);
   });
-  m.def("counters", [] { return std::map<std::string, int64_t>{{"allocations", allocations}}; });
+  m.def("take_back", [](py::object optimizer, size_t bucket) { plan_of(optimizer.ptr())->take_back(bucket); });
+  m.def("counters", [] { return std::map<std::string, int64_t>{{"allocations", allocations}, {"checks", checks}}; });
   m.def("optimizers", [] {
     std::map<std::string, std::vector<std::string>> slots;
     for (const Optimizer& o : optimizers) slots[o.name].assign(o.slot_names, o.slot_names + o.slots);

@@ -173,28 +173,43 @@ class Gpu:
             _C.set_buffer(optimizer, number, buffer.numel(), buffer.data_ptr())
 
     def run(self, optimizer: Any, launches: tuple[Launch, ...]) -> None:
+        done = 0
         try:
-            self._run(launches)
-        except BaseException:  # what the plan takes for uploaded may not be
+            for launch in launches:
+                self._run(*launch)
+                done += 1
+        except BaseException:  # what the plan takes for counted and uploaded may not be
+            for number, *_ in launches[done:]:
+                _C.take_back(optimizer, number)
             self._use_buffers(optimizer, self.buckets)
             raise
 
-    def _run(self, launches: tuple[Launch, ...]) -> None:
-        for number, programs, table_at, scalars_at, start, stop, image, rows, hypers_at in launches:
-            bucket = self.buckets[number]
-            with _current(bucket.device):
-                if self._in_graph:
-                    bucket.upload_in_graph(image, scalars_at)
-                elif start < stop:
-                    bucket.upload(image, start, stop)
-                base = bucket.buffer.data_ptr()
-                stream = multi_tensor.driver.active.get_current_stream(bucket.device.index or 0)
-                scalars = base + 8 * scalars_at
-                if bucket.preparer is not None:
-                    bucket.preparer.launch(rows, stream, base + 8 * hypers_at, scalars)
-                if programs:
-                    bucket.launcher.launch(programs, stream, base, base + 8 * table_at, scalars)
-            self.launches += 1
+    def _run(
+        self,
+        number: int,
+        programs: int,
+        table_at: int,
+        scalars_at: int,
+        start: int,
+        stop: int,
+        image: int,
+        rows: int,
+        hypers_at: int,
+    ) -> None:
+        bucket = self.buckets[number]
+        with _current(bucket.device):
+            if self._in_graph:
+                bucket.upload_in_graph(image, scalars_at)
+            elif start < stop:
+                bucket.upload(image, start, stop)
+            base = bucket.buffer.data_ptr()
+            stream = multi_tensor.driver.active.get_current_stream(bucket.device.index or 0)
+            scalars = base + 8 * scalars_at
+            if bucket.preparer is not None:
+                bucket.preparer.launch(rows, stream, base + 8 * hypers_at, scalars)
+            if programs:
+                bucket.launcher.launch(programs, stream, base, base + 8 * table_at, scalars)
+        self.launches += 1
 
 
 NOT_WARM = (
