@@ -544,22 +544,23 @@ def test_a_number_on_the_gpu_does_not_decide_on_the_state(gpu):
 @pytest.mark.parametrize("part", ["upload", "launch"])
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_step_after_one_that_failed(part, capturable, gpu, monkeypatch):
-    """What was not uploaded then is uploaded later."""
+    """It counts for nothing; what was not uploaded then is uploaded later."""
     param = torch.nn.Parameter(torch.ones(10))
     optimizer = fastopt.Adam([param], lr=0.1, capturable=capturable)
 
     def fail(*_):
         raise KeyboardInterrupt
 
-    for _ in range(2):  # at the first step, and at a later one
+    for t in range(2):  # at the first step, and at a later one
         param.grad = torch.randn(10)
         with monkeypatch.context() as patch:
             patch.setattr(backend.Bucket if part == "upload" else multi_tensor.Launcher, part, fail)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step()
         before = param.detach().clone()
+        assert optimizer.state[param]["step"] == t
         optimizer.step()
-        assert not torch.equal(param.detach(), before)
+        assert not torch.equal(param.detach(), before) and optimizer.state[param]["step"] == t + 1
         (bucket,) = buckets(optimizer)
         assert {param.data_ptr(), param.grad.data_ptr()} <= set(bucket.buffer.tolist())
 
