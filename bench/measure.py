@@ -83,6 +83,7 @@ def interleave(
     sizes = {}
     for name, timer in timers.items():
         prepare[name]()
+        timer.timeit(1)  # a first step makes state and compiles kernels
         sizes[name] = batch_size(timer, effort.batch)
     gc.collect()
     times: dict[str, list[float]] = {name: [] for name in steps}
