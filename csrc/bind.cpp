@@ -1054,7 +1054,7 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
 
 // ---- the GPU half of the plan: the arrays of kernels/multi_tensor.py, and what of them changed
 
-constexpr int64_t chunk = 1024;           // elements per program: CHUNK of kernels/multi_tensor.py
+constexpr int64_t chunk = 4096;           // elements per program: CHUNK of kernels/multi_tensor.py
 
 size_t Plan::bucket_of(const Row& row, c10::DeviceIndex device, bool capturable) {
   if (temporary) throw Outside{"two threads step GPU parameters of one optimizer"};

@@ -13,11 +13,21 @@ from collections import Counter
 
 import triton
 from fastopt.kernels import multi_tensor
-from fastopt.kernels.multi_tensor import CHUNK, THREADS, compute_dtype
+from fastopt.kernels.multi_tensor import CHUNK, THREADS
 from triton.backends.compiler import GPUTarget
 
-from tests.test_kernels import BF16, F32, F64, KERNELS, MASKS, Tensors, compiled_for, name_of
-from tests.tools import driver, sass
+from tests.test_kernels import (
+    BF16,
+    F32,
+    F64,
+    KERNELS,
+    MASKS,
+    bytes_per_element,
+    compiled_for,
+    instructions_per_element,
+    name_of,
+)
+from tests.tools import sass
 
 TARGETS = [
     GPUTarget("cuda", 80, 32),
@@ -26,18 +36,6 @@ TARGETS = [
     GPUTarget("hip", "gfx942", 64),
     GPUTarget("hip", "gfx1100", 32),
 ]
-
-
-def bytes_per_element(kernel) -> tuple[float, float]:
-    """Of the tensors, and of the arrays."""
-    programs = 16
-    tensors = Tensors(kernel, [programs * CHUNK])
-    with driver.installed(90, counts=True) as gpu:
-        tensors.launch(gpu)
-    memory = gpu.launches[-1].machine.memory
-    tensor_bytes = sum(x.nbytes * (1 if i == 1 else 2) for i, x in enumerate(tensors.tensors[0]))  # grad is only read
-    array_bytes = (memory["load bytes"] + memory["store bytes"] - tensor_bytes) / THREADS
-    return tensor_bytes / (programs * CHUNK), array_bytes / (programs * CHUNK)
 
 
 def widths(accesses: Counter[int]) -> str:
@@ -56,13 +54,9 @@ def main() -> None:
         tensor_bytes, array_bytes = bytes_per_element(kernel)
         for target in TARGETS:
             code = sass.report(compiled_for(target, *multi_tensor.update_kernel(*kernel, target.warp_size)))
-            elements = CHUNK / THREADS  # of a thread
-            per_turn = multi_tensor.THREAD_BYTES / compute_dtype(kernel[2]).itemsize
             loop = program = "-"
             if code.loop:
-                loop = f"{code.loop / per_turn:.2f}"
-                # the fast path has one turn of it
-                program = f"{(code.fast_path + code.loop * (elements / per_turn - 1)) / elements:.2f}"
+                loop, program = (f"{count:.2f}" for count in instructions_per_element(kernel, code))
             arch = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
             print(
                 f"{name_of(kernel):33} {arch:8} {code.registers:9} {code.spills:6} {loop:>14} {program:>8} "
