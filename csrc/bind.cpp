@@ -949,15 +949,17 @@ void Plan::count_repeated_steps() {
   }
 }
 
-// Stores the step counts, and tells autograd that the tensors change.
+// Stores the step counts, and tells autograd that the tensors change. Backwards: what was read last is still in the caches, and what is
+// read first at the next step will be. Of a parameter listed twice, the later row has the higher count.
 void Plan::count_steps(Batch& batch) {
-  for (const Written& w : batch.written) {
+  auto raise_to = [](auto* count, double t) { if (*count < t) *count = std::remove_reference_t<decltype(*count)>(t); };
+  for (size_t r = batch.written.size(); r-- > 0;) {
+    const Written& w = batch.written[r];
     w.param->bump_version();
     for (int k = 0; k < optimizer.slots; k++)
       if (w.slots[k]) w.slots[k]->bump_version();
     if (!w.step) continue;
-    if (w.count && w.count_f64) *static_cast<double*>(w.count) = w.t;
-    else if (w.count) *static_cast<float*>(w.count) = float(w.t);
+    if (w.count) w.count_f64 ? raise_to(static_cast<double*>(w.count), w.t) : raise_to(static_cast<float*>(w.count), w.t);
     w.step->bump_version();
   }
 }
