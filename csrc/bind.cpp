@@ -15,6 +15,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/rsub.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/COWDeleter.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -22,6 +23,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <new>
 #include <unordered_map>
@@ -211,17 +213,26 @@ C10_ALWAYS_INLINE bool same_sizes(const at::TensorImpl* a, const at::TensorImpl*
   return same;
 }
 
-// Whether `t` is like `param` in device, dtype and layout, and no subclass if that is none. Almost every gradient and state tensor
-// is; then it needs none of the checks that the parameter passed.
-C10_ALWAYS_INLINE bool is_alike(const at::TensorImpl* t, const at::TensorImpl* param, bool on_gpu, c10::Device device) {
-  if (t->key_set() != param->key_set() || t->dtype() != param->dtype()) return false;
-  if (on_gpu && t->device() != device) return false;   // the keys say CPU, but not which GPU
-  const at::IntArrayRef sizes = t->sizes(), strides = t->strides(), param_sizes = param->sizes(), param_strides = param->strides();
-  if (sizes.size() != param_sizes.size()) return false;
-  for (size_t d = 0; d < sizes.size(); d++)
-    if (sizes[d] != param_sizes[d] || (strides[d] != param_strides[d] && sizes[d] > 1)) return false;
-  return true;
-}
+// Whether a tensor is like `param` in dtype, layout and, but for the GPU's number, device; and no subclass if that is none. Almost every
+// gradient and state tensor is; then it needs few of the checks that the parameter passed.
+class Alike {
+ public:
+  C10_ALWAYS_INLINE explicit Alike(const at::TensorImpl* param)
+      : keys(param->key_set()), dtype(param->dtype()), sizes(param->sizes()), strides(param->strides()) {}
+  C10_ALWAYS_INLINE bool operator()(const at::TensorImpl* t) const {
+    if (t->key_set() != keys || t->dtype() != dtype) return false;
+    const at::IntArrayRef own = t->sizes(), own_strides = t->strides();
+    if (own.size() != sizes.size()) return false;
+    for (size_t d = 0; d < own.size(); d++)
+      if (own[d] != sizes[d] || (own_strides[d] != strides[d] && own[d] > 1)) return false;
+    return true;
+  }
+
+ private:
+  const c10::DispatchKeySet keys;
+  const caffe2::TypeMeta dtype;
+  const at::IntArrayRef sizes, strides;
+};
 
 C10_ALWAYS_INLINE bool dtype_of(const at::TensorImpl* t, DType& out) {
   switch (t->dtype().toScalarType()) {
@@ -302,9 +313,11 @@ class Plan {
     int64_t addresses[max_numbers];               // of a capturable group's numbers that are tensors on a GPU; else 0
     c10::DeviceIndex device;                      // where these are; else -1
     unsigned used;
-    double last_t[2];                             // the step counts whose scalars were computed last, for fp32 and fp64,
+    size_t at;                                    // place in param_groups
+    double last_t[2];                             // the step counts whose scalars were wanted last, for fp32 and fp64,
     size_t last[2];                               // and their place in `scalars`
   };
+  struct ScalarsOf { uint32_t group; bool f64; double t; };
   struct Written {                                // what a row writes besides its elements, and how it came about
     at::TensorImpl *param, *grad, *slots[max_slots], *step;
     void* count;                                  // the step count in memory, a double or a float
@@ -344,6 +357,7 @@ class Plan {
     PyObject *dict, *params;
     uint64_t version;                             // of dict
     Py_ssize_t count;                             // of params
+    size_t first;                                 // place of the first in `seen_params`
     int64_t group;                                // place in `groups`; -1 if no parameter has a gradient
   };
   struct SeenParam {
@@ -361,20 +375,23 @@ class Plan {
   bool recheck(PyObject* self);
   void fetch(const SeenParam& seen) const;
   bool recheck_group(PyObject* dict, SeenGroup& seen, size_t at);
-  bool recheck_param(PyObject* object, const SeenParam& seen, size_t group_at);
+  bool recheck_params(size_t begin, size_t end);
+  template <class F> void share_params(size_t count, F f) const;
+  bool recheck_param(PyObject* object, const SeenParam& seen);
   Group read_group(PyObject* dict, size_t at, bool capturable);
   void check_param(PyObject* object, PyObject* group_dict, Where where, bool capturable, bool& group_read, Reader& state);
   at::TensorImpl* check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const py::object& placement,
                              const char* name, Where where, DType& dtype);
   void add_missing(PyObject* group_dict, PyObject* param);
   int64_t layout_of(at::TensorImpl* const* operands);
-  size_t scalars_for(Group& group, double t, bool f64, size_t group_at);
+  size_t scalars_for(uint32_t group_at, double t, bool f64);
+  void compute_scalars(const ScalarsOf& of, Scalars& out);
   static Extent extent_of(const at::TensorImpl* t, const void* data, int64_t itemsize, bool dense, bool written);
   bool rows_overlap();
   void count_repeated_steps();
-  void count_steps(Batch& batch);
+  void count_steps(Batch& batch, bool as_before);
   void lay_out(bool in_turn);
-  void write(bool in_turn);
+  void write(bool in_turn, bool as_before);
   size_t bucket_of(const Row& row, c10::DeviceIndex device, bool capturable);
   bool images_fit() const;
   PyObject* gpu_wants();
@@ -383,7 +400,7 @@ class Plan {
   void put(Bucket& b, int64_t at, int64_t word);
   void put_addresses(Bucket& b, int64_t at, const Row& row);
   void put_scalars(Bucket& b, size_t row, size_t from);
-  PyObject* gpu_launches();
+  PyObject* gpu_launches(bool as_before);
   void run_rows(const Row* first, const int64_t* ends, size_t count);
   void clear();
 
@@ -409,21 +426,20 @@ class Plan {
   Vec<int64_t> dims;
   int64_t work = 0;                               // of all CPU rows
 
-  // How a step differs from the one before it, to which it was compared.
-  bool moved = false;                             // whether some row has
-  bool regrouped = false;                         // whether some row has its scalars in another place
+  Vec<ScalarsOf> scalars_of;                      // and `scalars`, one for one
+  std::atomic<bool> moved{false};                 // of a step like the one before: whether some row has
 
   // Memory used again; its content is that of one call.
   PyObject* missing = nullptr;                    // [(group, param), ...], or null
   std::vector<PyObject*> fresh_params;            // sorted; optimizers without step count need to know
   Vec<Value> values;
-  Vec<Scalars> scalars;
+  Vec<Scalars> scalars;                           // of `scalars_of`
   Vec<c10::intrusive_ptr<at::TensorImpl>> alive;
 };
 
 void Plan::clear() {
   seen_groups.clear(), seen_params.clear(), groups.clear(), cpu.clear(), gpu.clear(), extents.clear(), ends.clear();
-  layouts.clear(), dims.clear(), values.clear(), scalars.clear();
+  layouts.clear(), dims.clear(), values.clear(), scalars.clear(), scalars_of.clear();
 }
 
 void Plan::add_missing(PyObject* group_dict, PyObject* param) {
@@ -447,7 +463,7 @@ int64_t device_number(at::TensorImpl* t) {
 // a capturable group, only the address is taken.
 Plan::Group Plan::read_group(PyObject* dict, size_t at, bool capturable) {
   Group group = {};
-  group.device = -1;
+  group.device = -1, group.at = at;
   Value read[max_numbers];
   int n = 0;
   bool tensors = false;
@@ -510,19 +526,25 @@ Plan::Group Plan::read_group(PyObject* dict, size_t at, bool capturable) {
   return group;
 }
 
-size_t Plan::scalars_for(Group& group, double t, bool f64, size_t group_at) {
-  if (group.last_t[f64] == t) return group.last[f64];
-  Scalars out;
-  if (group.values < 0) optimizer.compute(group.numbers, t, f64, out);
-  else optimizer.compute_from_tensors(&values[group.values], t, f64, out);
-  bool finite = true, given_finite = group.values < 0 && std::isfinite(t);
+void Plan::compute_scalars(const ScalarsOf& of, Scalars& out) {
+  const Group& group = groups[of.group];
+  if (group.values < 0) optimizer.compute(group.numbers, of.t, of.f64, out);
+  else optimizer.compute_from_tensors(&values[group.values], of.t, of.f64, out);
+  bool finite = true, given_finite = group.values < 0 && std::isfinite(of.t);
   for (int i = 0; i < optimizer.numbers; i++) given_finite = given_finite && std::isfinite(group.numbers[i]);
   for (int i = 0; i < optimizer.scalars; i++)
-    finite = finite && std::isfinite(f64 ? reinterpret_cast<double*>(&out)[i] : double(reinterpret_cast<float*>(&out)[i]));
+    finite = finite && std::isfinite(of.f64 ? reinterpret_cast<double*>(&out)[i] : double(reinterpret_cast<float*>(&out)[i]));
   if (given_finite && !finite)
-    raise(PyExc_ZeroDivisionError, c10::str("the hyper-parameters of param group ", group_at, " give an infinite or undefined factor at step ", t,
+    raise(PyExc_ZeroDivisionError, c10::str("the hyper-parameters of param group ", group.at, " give an infinite or undefined factor at step ", of.t,
                                             ": check them (a beta of 1 or more, an overflow of the dtype) and state['step']"));
-  scalars.push_back(out);
+}
+
+// The place in `scalars` of those of a group at a step count.
+size_t Plan::scalars_for(uint32_t group_at, double t, bool f64) {
+  Group& group = groups[group_at];
+  if (group.last_t[f64] == t) return group.last[f64];
+  scalars_of.push_back({group_at, f64, t});
+  compute_scalars(scalars_of.back(), scalars.emplace_back());
   group.last_t[f64] = t;
   return group.last[f64] = scalars.size() - 1;
 }
@@ -547,6 +569,15 @@ C10_ALWAYS_INLINE void* memory_of(at::TensorImpl* t, int64_t itemsize, bool writ
   char* base = static_cast<char*>(written ? storage->mutable_data() : const_cast<void*>(storage->data()));
   if (!base && t->numel() > 0)
     raise(PyExc_RuntimeError, c10::str(name, " of ", where, " has ", t->numel(), " elements but no storage (was it freed or resized to 0?)"));
+  return base + t->storage_offset() * itemsize;
+}
+
+// The same without a word or a deed; null also where the memory is of another device, or a tensor to be written is lazily copied and has
+// no memory of its own yet.
+C10_ALWAYS_INLINE void* address_or_null(const at::TensorImpl* t, int64_t itemsize, bool written, c10::Device device) {
+  const c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
+  auto* base = static_cast<char*>(const_cast<void*>(storage->data()));
+  if (!base || storage->device() != device || (written && storage->data_ptr().get_deleter() == c10::impl::cow::cow_deleter)) return nullptr;
   return base + t->storage_offset() * itemsize;
 }
 
@@ -629,7 +660,9 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
     raise(PyExc_RuntimeError, c10::str(where, " has dtype ", c10::toString(other), ": only floating point and complex parameters can be stepped"));
   }
   check_written(param, "data", where);
-  bool all_alike = is_alike(grad, param, on_gpu, device);                    // until one is found that is not
+  const Alike alike(param);
+  auto is_alike = [&](const at::TensorImpl* t) { return alike(t) && (!on_gpu || t->device() == device); };
+  bool all_alike = is_alike(grad);                // until one is found that is not
   if (!all_alike) check_grad(grad, param, dtype, where);
 
   if (!group_read) {
@@ -667,7 +700,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
       at::TensorImpl* slot = is_exact(value) ? THPVariable_Unpack(value).unsafeGetTensorImpl() : nullptr;
       row.dtype[2 + k] = dtype;
       int64_t slot_size = size;
-      if (!slot || placement || !is_alike(slot, param, on_gpu, device)) {
+      if (!slot || placement || !is_alike(slot)) {
         slot = check_slot(value, param, dtype, placement, name, where, row.dtype[2 + k]);
         slot_size = itemsize(row.dtype[2 + k]);
         all_alike = false;
@@ -700,7 +733,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
     }
   }
   if (!optimizer.has_step) w.t = std::binary_search(fresh_params.begin(), fresh_params.end(), object) ? 1 : 2;
-  if (!capturable) w.scalars = scalars_for(group, w.t, dtype == DType::f64, where.group);
+  if (!capturable) w.scalars = scalars_for(w.group, w.t, dtype == DType::f64);
   const bool simple = all_alike && param->is_non_overlapping_and_dense();
   comparable &= simple && !param->is_inference();
   w.layout = simple ? -1 : layout_of(operands);
@@ -775,7 +808,6 @@ void refuse_modes() {
 void Plan::check(PyObject* self, PyObject* fresh) {
   checks++;
   clear();
-  regrouped = true;
   checked_gpu_type = gpu_type;
   comparable = PY_VERSION_HEX < 0x030E0000;          // with version_of
   refuse_modes();
@@ -799,7 +831,7 @@ void Plan::check(PyObject* self, PyObject* fresh) {
     if (differentiable && is_true(differentiable)) throw Outside{"differentiable=True"};
     const bool is_capturable = capturable && is_true(capturable);
     comparable = comparable && is_simple_group(dict, optimizer, names->keys[index]);
-    seen_groups.push_back({dict, params, version, PyList_GET_SIZE(params), -1});
+    seen_groups.push_back({dict, params, version, PyList_GET_SIZE(params), seen_params.size(), -1});
     bool group_read = false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) try {
       check_param(PyList_GET_ITEM(params, i), dict, {size_t(g), size_t(i)}, is_capturable, group_read, read_state);
@@ -810,28 +842,41 @@ void Plan::check(PyObject* self, PyObject* fresh) {
   if (reason) throw Outside{reason};
 }
 
-constexpr int ahead = 4;                            // parameters whose memory is asked for before it is read
+// ---- a step like the one before
 
-// The same for a step like the one before: whether everything is as `check` saw it, but for numbers and addresses, which are brought up to
-// date. It calls nothing of Python's, so what a version stands for stays alive.
+constexpr int64_t grain = 16384;          // work below which a second thread costs more than it brings
+constexpr int64_t params_grain = 128;     // the same for parameters to compare or to count
+constexpr int64_t release_gil = 1 << 19;  // work from which other Python threads shall run meanwhile; about 0.1 ms
+constexpr size_t ahead = 4;               // parameters whose memory is asked for before it is read
+
+// Whether everything is as `check` saw it, but for numbers and addresses, which are brought up to date. It calls nothing of Python's, so
+// what a version stands for stays alive.
 bool Plan::recheck(PyObject* self) {
   refuse_modes();
   const py::object groups_object = attribute(self, names->param_groups), state_object = attribute(self, names->state);
   PyObject* param_groups = groups_object.ptr();
   if (!PyList_Check(param_groups) || PyList_GET_SIZE(param_groups) != Py_ssize_t(seen_groups.size())) return false;
   if (!is_dict(state_object.ptr()) || version_of(state_object.ptr()) != state_version) return false;
-  scalars.clear();
-  moved = regrouped = false;
-  const SeenParam* seen_param = seen_params.data();
-  for (size_t g = 0; g < seen_groups.size(); g++) {
-    SeenGroup& seen = seen_groups[g];
-    if (!recheck_group(PyList_GET_ITEM(param_groups, Py_ssize_t(g)), seen, g)) return false;
-    for (Py_ssize_t i = 0; i < seen.count; i++) {
-      if (seen_param + ahead < seen_params.data() + seen_params.size()) fetch(seen_param[ahead]);
-      if (!recheck_param(PyList_GET_ITEM(seen.params, i), *seen_param++, g)) return false;
-    }
+  for (size_t g = 0; g < seen_groups.size(); g++)
+    if (!recheck_group(PyList_GET_ITEM(param_groups, Py_ssize_t(g)), seen_groups[g], g)) return false;
+  moved = false;
+  std::atomic<bool> same{true};
+  share_params(seen_params.size(), [&](size_t begin, size_t end) {
+    if (!recheck_params(begin, end)) same = false;
+  });
+  if (!same || (moved && rows_overlap())) return false;
+  for (size_t i = 0; i < scalars.size(); i++) {
+    scalars_of[i].t = optimizer.has_step ? scalars_of[i].t + 1 : 2;
+    compute_scalars(scalars_of[i], scalars[i]);
   }
-  return !moved || !rows_overlap();
+  return true;
+}
+
+// Calls f(begin, end) for shares of parameters: on torch's threads, if the kernels will wake them anyway. The caller waits with the GIL,
+// and f calls nothing of Python's.
+template <class F> void Plan::share_params(size_t count, F f) const {
+  if (work <= grain) return f(0, count);
+  at::parallel_for(0, int64_t(count), params_grain, [&](int64_t begin, int64_t end) { f(size_t(begin), size_t(end)); });
 }
 
 // Asks for the memory that `recheck_param` will read: the objects of a parameter lie all over the heap.
@@ -855,32 +900,42 @@ bool Plan::recheck_group(PyObject* dict, SeenGroup& seen, size_t at) {
       groups[size_t(seen.group)] = group;
     }
   }
-  if (seen.group >= 0) groups[size_t(seen.group)].last_t[0] = groups[size_t(seen.group)].last_t[1] = std::nan("");
   return PyList_GET_SIZE(seen.params) == seen.count;
 }
 
-C10_ALWAYS_INLINE bool Plan::recheck_param(PyObject* object, const SeenParam& seen, size_t group_at) {
+bool Plan::recheck_params(size_t begin, size_t end) {
+  auto group = std::upper_bound(seen_groups.begin(), seen_groups.end(), begin, [](size_t at, const SeenGroup& g) { return at < g.first; }) - 1;
+  for (size_t at = begin; at < end; ++group) {
+    PyObject** const params = PySequence_Fast_ITEMS(group->params);
+    for (const size_t upto = std::min(end, group->first + size_t(group->count)); at < upto; at++) {
+      if (at + ahead < end) fetch(seen_params[at + ahead]);
+      if (!recheck_param(params[at - group->first], seen_params[at])) return false;
+    }
+  }
+  return true;
+}
+
+C10_ALWAYS_INLINE bool Plan::recheck_param(PyObject* object, const SeenParam& seen) {
   if (object != seen.object || Py_TYPE(object) != seen.type) return false;
   at::TensorImpl* param = THPVariable_Unpack(object).unsafeGetTensorImpl();
-  at::TensorImpl* grad = param->grad().unsafeGetTensorImpl();
-  const bool has_grad = param->grad().defined();
-  if (has_grad != seen.has_grad) return false;
-  if (!has_grad) return true;
+  const at::Tensor& grad_tensor = param->grad();
+  if (grad_tensor.defined() != seen.has_grad) return false;
+  if (!seen.has_grad) return true;
+  at::TensorImpl* grad = grad_tensor.unsafeGetTensorImpl();
   Batch& batch = seen.on_gpu ? gpu : cpu;
   Row& row = batch.rows[seen.row];
   Written& w = batch.written[seen.row];
-  if (param->key_set() != seen.keys || param->dtype() != seen.dtype || param->numel() != row.numel || !param->is_non_overlapping_and_dense() ||
-      (seen.on_gpu && param->device() != seen.device) || !is_alike(grad, param, seen.on_gpu, seen.device)) return false;
+  if (param->key_set() != seen.keys || param->dtype() != seen.dtype || param->numel() != row.numel || !param->is_non_overlapping_and_dense()) return false;
+  const Alike is_alike(param);
+  if (!is_alike(grad)) return false;
 
   const int64_t size = itemsize(row.dtype[0]);
-  w.moved = false;
-  auto read_address = [&](int k, at::TensorImpl* t) {
-    c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
-    char* base = static_cast<char*>(k == 1 ? const_cast<void*>(storage->data()) : storage->mutable_data());
-    void* data = base + t->storage_offset() * size;
-    w.moved |= row.data[k] != data;
+  bool differs = false;                           // an address
+  auto read_address = [&](int k, const at::TensorImpl* t) {
+    void* data = address_or_null(t, size, k != 1, seen.device);
+    differs |= row.data[k] != data;
     row.data[k] = data;
-    return base || !row.numel;
+    return data || !row.numel;
   };
   w.param = param, w.grad = grad;
   if (!read_address(0, param) || !read_address(1, grad)) return false;
@@ -890,23 +945,21 @@ C10_ALWAYS_INLINE bool Plan::recheck_param(PyObject* object, const SeenParam& se
       if (!seen.slots[k]) continue;
       if (!is_exact(seen.slots[k])) return false;
       at::TensorImpl* slot = w.slots[k] = THPVariable_Unpack(seen.slots[k]).unsafeGetTensorImpl();
-      if (!is_alike(slot, param, seen.on_gpu, seen.device) || !read_address(2 + k, slot)) return false;
+      if (!is_alike(slot) || !read_address(2 + k, slot)) return false;
     }
     if (seen.step) {
       if (!is_exact(seen.step)) return false;
       at::TensorImpl* step = w.step = THPVariable_Unpack(seen.step).unsafeGetTensorImpl();
       if (step->key_set() != seen.step_keys || step->dtype() != seen.step_dtype || step->numel() != 1) return false;
-      void* base = step->unsafe_storage().unsafeGetStorageImpl()->mutable_data();
-      if (!base) return false;
-      w.count = static_cast<char*>(base) + step->storage_offset() * (w.count_f64 ? 8 : 4);
-      w.t = w.count_f64 ? *static_cast<double*>(w.count) + 1.0 : *static_cast<float*>(w.count) + 1.0f;
+      w.count = address_or_null(step, w.count_f64 ? 8 : 4, true, at::kCPU);
+      if (!w.count) return false;
+      const double t = w.count_f64 ? *static_cast<double*>(w.count) + 1.0 : *static_cast<float*>(w.count) + 1.0f;
+      if (t != w.t + 1) return false;
+      w.t = t;
     }
   }
-  if (!optimizer.has_step) w.t = 2;
-  const size_t at = scalars_for(groups[w.group], w.t, row.dtype[0] == DType::f64, group_at);
-  regrouped |= w.scalars != at;
-  w.scalars = at;
-  if (w.moved) {
+  w.moved = differs;
+  if (differs) {
     moved = true;
     extents[seen.extents] = extent_of(param, row.data[0], size, true, true);
     extents[seen.extents + 1] = extent_of(grad, row.data[1], size, true, false);
@@ -945,27 +998,29 @@ void Plan::count_repeated_steps() {
     Written& w = cpu.written[r];
     const int before = seen[w.param]++;
     for (int i = 0; i < before; i++) w.t = w.count_f64 ? w.t + 1 : float(w.t) + 1.0f;
-    if (before) w.scalars = scalars_for(groups[w.group], w.t, cpu.rows[r].dtype[0] == DType::f64, w.group);
+    if (before) w.scalars = scalars_for(w.group, w.t, cpu.rows[r].dtype[0] == DType::f64);
   }
 }
 
 // Stores the step counts, and tells autograd that the tensors change. Backwards: what was read last is still in the caches, and what is
-// read first at the next step will be. Of a parameter listed twice, the later row has the higher count.
-void Plan::count_steps(Batch& batch) {
+// read first at the next step will be. Of a parameter listed twice, the later row has the higher count. Where parameters have a count in
+// common, each row stores the same.
+void Plan::count_steps(Batch& batch, bool as_before) {
   auto raise_to = [](auto* count, double t) { if (*count < t) *count = std::remove_reference_t<decltype(*count)>(t); };
-  for (size_t r = batch.written.size(); r-- > 0;) {
-    const Written& w = batch.written[r];
-    w.param->bump_version();
-    for (int k = 0; k < optimizer.slots; k++)
-      if (w.slots[k]) w.slots[k]->bump_version();
-    if (!w.step) continue;
-    if (w.count) w.count_f64 ? raise_to(static_cast<double*>(w.count), w.t) : raise_to(static_cast<float*>(w.count), w.t);
-    w.step->bump_version();
-  }
+  auto count = [&](size_t begin, size_t end) {
+    for (size_t r = end; r-- > begin;) {
+      const Written& w = batch.written[r];
+      w.param->bump_version();
+      for (int k = 0; k < optimizer.slots; k++)
+        if (w.slots[k]) w.slots[k]->bump_version();
+      if (!w.step) continue;
+      if (w.count) w.count_f64 ? raise_to(static_cast<double*>(w.count), w.t) : raise_to(static_cast<float*>(w.count), w.t);
+      w.step->bump_version();
+    }
+  };
+  if (as_before) share_params(batch.written.size(), count);
+  else count(0, batch.written.size());
 }
-
-constexpr int64_t grain = 16384;          // work below which a second thread costs more than it brings
-constexpr int64_t release_gil = 1 << 19;  // work from which other Python threads shall run meanwhile; about 0.1 ms
 
 void Plan::run_rows(const Row* first, const int64_t* upto, size_t count) {
   const int64_t total = upto[count - 1];
@@ -992,9 +1047,9 @@ void Plan::lay_out(bool in_turn) {
   }
 }
 
-void Plan::write(bool in_turn) {
+void Plan::write(bool in_turn, bool as_before) {
   for (size_t r = 0; r < cpu.rows.size(); r++) cpu.rows[r].scalars = &scalars[cpu.written[r].scalars];
-  count_steps(cpu);
+  count_steps(cpu, as_before);
   auto run_all = [&] {
     if (!in_turn) return run_rows(cpu.rows.data(), ends.data(), cpu.rows.size());
     for (size_t r = 0; r < cpu.rows.size(); r++) run_rows(&cpu.rows[r], &ends[r], 1);
@@ -1026,9 +1081,10 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
   } call(*this);
   const bool comparing = kept && !fresh && checked_gpu_type == gpu_type;
   kept = false;                                     // until this step is done
-  bool in_turn = false;
+  bool as_before = false, in_turn = false;
   try {
-    if (!comparing || !recheck(self)) {
+    as_before = comparing && recheck(self);
+    if (!as_before) {
       check(self, fresh);
       if (missing) return Py_NewRef(missing);
       in_turn = rows_overlap();
@@ -1040,15 +1096,15 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
   } catch (const Outside& outside) {
     return PyUnicode_FromString(outside.reason);
   }
-  const bool fit = !regrouped && images_fit();
+  const bool fit = as_before && images_fit();
   if (!gpu.rows.empty() && !fit)
     if (PyObject* wants = gpu_wants()) return wants;
   if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();   // from here on, it is written
-  if (!cpu.rows.empty()) write(in_turn);
+  if (!cpu.rows.empty()) write(in_turn, as_before);
   PyObject* launches = nullptr;
   if (!gpu.rows.empty()) {
     fit ? refresh_images() : fill_images();
-    launches = gpu_launches();
+    launches = gpu_launches(as_before);
   }
   kept = comparable && !in_turn;
   return launches ? launches : Py_NewRef(Py_None);
@@ -1197,7 +1253,7 @@ void Plan::refresh_images() {
 
 // Returns ((bucket, programs, table_at, scalars_at, changed from, to, address of the image, rows to prepare, hypers_at), ...), all but the
 // address and the counts in words of 8 bytes; or null if there are none.
-PyObject* Plan::gpu_launches() {
+PyObject* Plan::gpu_launches(bool as_before) {
   py::list launches;
   for (size_t i = 0; i < buckets.size(); i++) {
     Bucket& b = buckets[i];
@@ -1206,7 +1262,7 @@ PyObject* Plan::gpu_launches() {
     launches.append(py::make_tuple(i, b.programs, b.table_at, b.scalars_at, b.changed_from, b.changed_to, reinterpret_cast<int64_t>(b.image.data()),
                                    prepared, b.hypers_at));
   }
-  count_steps(gpu);
+  count_steps(gpu, as_before);
   if (launches.empty()) return nullptr;
   return py::tuple(launches).release().ptr();
 }

@@ -46,16 +46,18 @@ def test_second_step_allocates_nothing(row):
     assert fastopt._C.counters()["allocations"] == before["allocations"]
 
 
-def plain_optimizer(row):
-    """Two groups, three dtypes, an empty parameter and one without gradient."""
+def plain_optimizer(row, more=0):
+    """Two groups, three dtypes, an empty parameter and one without gradient; and `more` parameters before the last."""
     torch.manual_seed(0)
     values = [
         torch.randn(n, 3).to(dtype) for n in (0, 1, 8) for dtype in (torch.float32, torch.bfloat16, torch.float64)
     ]
     params = [torch.nn.Parameter(value) for value in values]
-    optimizer = row.ours(params[:5], **row.plain)
-    optimizer.add_param_group({"params": [*params[5:], torch.nn.Parameter(torch.zeros(3))], "maximize": True})
-    give_gradients(params)
+    many = [torch.nn.Parameter(torch.randn(i % 4)) for i in range(more)]
+    optimizer = row.ours([*params[:5], *many[::2]], **row.plain)
+    last = [*many[1::2], *params[5:], torch.nn.Parameter(torch.zeros(3))]
+    optimizer.add_param_group({"params": last, "maximize": True})
+    give_gradients(params + many)
     return optimizer, params
 
 
@@ -127,9 +129,15 @@ CHANGES = {
     "state elsewhere": lambda o, p: change_state(o, torch.clone),
     "state in place": lambda o, p: change_state(o, lambda x: x.mul_(0.5)),
     "state's data": lambda o, p: change_state(o, lambda x: [setattr(x, "data", x.data * 0.5), x][1]),
+    "state that is refused": lambda o, p: change_state(o, lambda x: torch.cat([x, x])),
+    "state that is not": lambda o, p: change_state(o, lambda x: x[: len(x) // 2].clone()),
     "state in fp32": lambda o, p: change_state(o, lambda x: x.float() if x.dtype == torch.bfloat16 else x),
     "an entry less": lambda o, p: o.state.pop(p[7], None),
     "step counts": lambda o, p: [entry["step"].add_(5) for entry in o.state.values() if "step" in entry],
+    "the step count of one": lambda o, p: [
+        entry["step"].add_(1) for entry in [*o.state.values()][-1:] if "step" in entry
+    ],
+    "step counts at their end": lambda o, p: [e["step"].fill_(2.0**24) for e in o.state.values() if "step" in e],
     "step counts elsewhere": lambda o, p: [
         entry.update(step=entry["step"].double()) for entry in o.state.values() if "step" in entry
     ],
@@ -154,14 +162,22 @@ def step_or_reason(optimizer):
         return str(error)
 
 
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 @every_row
-@pytest.mark.parametrize("alone", [False, True], ids=["one after the other", "each alone"])
-def test_every_change_between_two_steps_is_seen(row, alone):
-    """To the effect that it has on a plan that knows nothing."""
+@pytest.mark.parametrize("how", ["one after the other", "each alone", "on three threads"])
+def test_every_change_between_two_steps_is_seen(row, how, three_threads):
+    """To the effect that it has on a plan that knows nothing; that many parameters are shared among threads."""
     both = None
     for name, change in CHANGES.items():
-        if alone or not both:
-            both = [plain_optimizer(row) for _ in range(2)]
+        if how == "each alone" or not both:
+            both = [plain_optimizer(row, more=600 if how == "on three threads" else 0) for _ in range(2)]
             for optimizer, _ in 3 * both:
                 optimizer.step()
         for _ in range(2):
@@ -172,6 +188,32 @@ def test_every_change_between_two_steps_is_seen(row, alone):
             ours, expected = (step_or_reason(optimizer) for optimizer, _ in both)
             assert ours == expected, name
             assert_same_bits(*(snapshot(optimizer) for optimizer, _ in both), name)
+
+
+@every_row
+def test_memory_shared_since_the_last_step_is_seen(row):
+    """Such parameters are stepped in turn, which a comparison does not see to."""
+    optimizer, params = plain_optimizer(row)
+    for _ in range(2):
+        optimizer.step()
+    params[5].data = params[8].data[2:3]
+    for _ in range(2):
+        before = fastopt._C.counters()["checks"]
+        optimizer.step()
+        assert fastopt._C.counters()["checks"] == before + 1
+
+
+@every_row
+def test_lazy_clone_keeps_its_values(row):
+    optimizer, params = plain_optimizer(row)
+    for _ in range(2):
+        optimizer.step()
+    tensors = [param.detach() for param in params]
+    tensors += [value for entry in optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
+    clones, values = [torch._lazy_clone(tensor) for tensor in tensors], [tensor.clone() for tensor in tensors]
+    optimizer.step()
+    for tensor, clone, value in zip(tensors, clones, values, strict=True):
+        assert torch.equal(clone, value) and not (tensor.numel() and torch.equal(tensor, value))
 
 
 @every_row
