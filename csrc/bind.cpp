@@ -960,7 +960,7 @@ C10_ALWAYS_INLINE bool Plan::recheck_param(PyObject* object, const SeenParam& se
   }
   w.moved = differs;
   if (differs) {
-    moved = true;
+    if (!moved) moved = true;                     // threads that only read it do not take it from each other
     extents[seen.extents] = extent_of(param, row.data[0], size, true, true);
     extents[seen.extents + 1] = extent_of(grad, row.data[1], size, true, false);
   }
