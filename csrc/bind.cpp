@@ -572,13 +572,12 @@ C10_ALWAYS_INLINE void* memory_of(at::TensorImpl* t, int64_t itemsize, bool writ
   return base + t->storage_offset() * itemsize;
 }
 
-// The same without a word or a deed; null also where the memory is of another device, or a tensor to be written is lazily copied and has
-// no memory of its own yet.
+// The same for any thread; null where it takes more: memory that is lazily copied and shall be written, is of another device, or missing.
 C10_ALWAYS_INLINE void* address_or_null(const at::TensorImpl* t, int64_t itemsize, bool written, c10::Device device) {
-  const c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
-  auto* base = static_cast<char*>(const_cast<void*>(storage->data()));
-  if (!base || storage->device() != device || (written && storage->data_ptr().get_deleter() == c10::impl::cow::cow_deleter)) return nullptr;
-  return base + t->storage_offset() * itemsize;
+  c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
+  if (storage->device() != device || (written && storage->data_ptr().get_deleter() == c10::impl::cow::cow_deleter)) return nullptr;
+  auto* base = static_cast<char*>(written ? storage->mutable_data() : const_cast<void*>(storage->data()));
+  return base ? base + t->storage_offset() * itemsize : nullptr;
 }
 
 at::TensorImpl* Plan::check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const py::object& placement,

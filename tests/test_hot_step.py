@@ -117,6 +117,7 @@ CHANGES = {
     "a gradient of other strides": lambda o, p: setattr(p[6], "grad", torch.randn(3, 8).t()),
     "data elsewhere": lambda o, p: [setattr(x, "data", x.data.clone()) for x in p],
     "a slice as data": lambda o, p: setattr(p[6], "data", torch.zeros(8, 7)[:, 2:5]),
+    "data that may not be written": lambda o, p: torch._C._set_throw_on_mutable_data_ptr(p[6]),
     "transposed data": lambda o, p: setattr(p[6], "data", torch.ones(3, 8).t()),
     "another dtype": lambda o, p: (
         setattr(p[6], "data", p[6].data.bfloat16()),
