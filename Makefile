@@ -83,7 +83,7 @@ native-arm: build/core-plain.passed  ## the core cross-compiled for AArch64, und
 
 # ---- benchmarks
 
-bench: setup  ## fastopt against torch.optim, about 12 minutes
+bench: setup  ## fastopt against torch.optim, 6 to 12 minutes
 	$(PY) -m bench.run
 bench-quick: setup  ## the same in a minute
 	$(PY) -m bench.run --quick

@@ -3,9 +3,10 @@
     python -m bench.compare OLD.json NEW.json [--tolerance 0.10]
 
 Times of two runs are not comparable, ratios within a run are: fastopt's time in units of each other candidate's, the
-median over candidates. Something is slower where that grew by more than the tolerance and the quantiles of the two runs
-do not overlap. Instruction counts (bench.callgrind) are exact and compared within 1 %. Exits with 1 where something is
-slower, where OLD has a timing of fastopt and NEW has refused it, or where the files have nothing in common.
+median over candidates. Something is slower where that grew by more than the tolerance and, for half of the candidates
+or more, the quantiles of the two runs do not overlap. Instruction counts (bench.callgrind) are exact and compared
+within 1 %. Exits with 1 where something is slower, where OLD has a timing of fastopt and NEW has refused it, or where
+the files have nothing in common.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The host's time of a step of GPU tensors, without a GPU: Triton's real launcher on a stub libcuda that does nothing.
 
-    python -m bench.gpu_host [--quick] [--json FILE]
+    python -m bench.gpu_host [--quick] [--optimizer Adam] [--json FILE]
 
 fastopt's step is the whole of it, with every check and the scalars' upload as a copy in main memory; what a driver
 would add for a copy, an event and a launch is missing. torch's steps have empty tensors, so that their kernels are

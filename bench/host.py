@@ -1,6 +1,6 @@
 """What a step costs before it touches memory: empty tensors, one-element tensors, the first step, the import.
 
-python -m bench.host [--quick] [--json FILE]
+python -m bench.host [--quick] [--threads N] [--candidates fastopt ...] [--json FILE]
 """
 
 import gc
@@ -98,13 +98,14 @@ def main() -> int:
     arguments = parser(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     effort = QUICK if arguments.quick else FULL
+    document: dict[str, Any] = {"environment": environment()}
     host, results = fixed_and_per_param(arguments.candidates, effort)
     for name in arguments.candidates:
         host |= two_threads(name, effort)
     for workload in ("two scalars", "mlp", "1000 x 256", "resnet50"):
         host |= first_step(workload, arguments.candidates, 3 if arguments.quick else 11)
     host |= import_time(3 if arguments.quick else 7)
-    document: dict[str, Any] = {"environment": environment(), "results": results, "host": host}
+    document |= {"results": results, "host": host}
     save(arguments.json, document)
     print(environment_text(document["environment"]))
     for result in results:

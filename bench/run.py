@@ -1,7 +1,7 @@
 """The benchmark: every workload x optimizer x candidate, checked, then timed in turns.
 
     python -m bench.run [--quick] [--workloads mlp gpt2 ...] [--optimizers Adam ...] [--dtype fp32 bf16]
-                        [--threads N] [--json FILE]
+                        [--candidates fastopt ...] [--threads N] [--json FILE]
 
 Prints a table for each workload as it goes: fastopt's time, the others' in units of it (above 1, fastopt is faster),
 the bytes a step must move by its time, and the same for the roof, a kernel with the same traffic and no arithmetic to
@@ -28,9 +28,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help="less time, fewer workloads")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), metavar="NAME")
-    options.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     options.add_argument("--json", type=Path, help="write the results here")
     return options
+
+
+def add_dtype(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
 
 
 def save(path: Path | None, document: dict[str, Any]) -> None:
@@ -40,6 +43,7 @@ def save(path: Path | None, document: dict[str, Any]) -> None:
 
 def main() -> int:
     options = parser(__doc__)
+    add_dtype(options)
     options.add_argument("--workloads", nargs="+", choices=WORKLOADS, metavar="NAME", help=", ".join(WORKLOADS))
     options.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
     arguments = options.parse_args()

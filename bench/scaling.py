@@ -1,6 +1,7 @@
 """How step time grows: with the number of elements, of tensors, of param groups and of threads.
 
-    python -m bench.scaling [--quick] [--axes elements tensors groups threads] [--optimizers Adam] [--json FILE]
+    python -m bench.scaling [--quick] [--axes elements tensors groups threads] [--optimizers Adam] [--dtype fp32]
+                            [--threads N] [--candidates fastopt ...] [--json FILE]
 
 bench.report draws the curves.
 """
@@ -14,7 +15,7 @@ import torch
 from .candidates import OPTIMIZERS
 from .measure import FULL, QUICK, environment, measure
 from .report import environment_text, workload_table
-from .run import parser, save
+from .run import add_dtype, parser, save
 from .workloads import WORKLOADS, Workload, one_group
 
 AXES = ("elements", "tensors", "groups", "threads")
@@ -39,6 +40,7 @@ def points(axis: str, quick: bool) -> Iterator[tuple[int, Workload, int | None]]
 
 def main() -> int:
     options = parser(__doc__)
+    add_dtype(options)
     options.add_argument("--axes", nargs="+", choices=AXES, default=AXES)
     options.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["Adam"], metavar="NAME")
     arguments = options.parse_args()

@@ -2,6 +2,7 @@
 //
 //   step(optimizer)  ->  None                      the step is done
 //                        ((bucket, ...), ...)      done on the CPU; fastopt/gpu.py uploads and launches these
+//                        ("gpu", want, ...)        kernels or buffers are wanted for these: set_buffer (nothing was written; call again)
 //                        [(group, param), ...]     these parameters want their state made (nothing was written; call again)
 //                        "reason"                  not for this library: torch's own step shall run (nothing was written)
 //                        raises                    refused (nothing was written)
@@ -9,8 +10,9 @@
 // step(optimizer, fresh)  the same, after state was made for the parameters in the list `fresh`, which is emptied before it writes
 //
 // A step follows no address that it did not read or verify itself, so nothing can be stale. What a plan keeps of the step before is there
-// to be compared: where every object, dtype, device, shape and stride is what `check` saw, its conclusions hold and `recheck` is enough;
-// at the first difference `check` does it all again.
+// to be compared: where every object, dtype, device and number of elements is what `check` saw, with gradient and state laid out as the
+// parameter, its conclusions hold and `recheck` is enough. A param group that changed is read again; at any other difference `check` does
+// it all again.
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/rsub.h>
@@ -352,7 +354,7 @@ class Plan {
   };
   struct Extent { uintptr_t begin, end; bool written; };   // of a parameter or gradient in memory
 
-  // What `check` saw, in the order of its walk. Without address it is compared before it is followed.
+  // What `check` saw, in the order of its walk. No address in it is followed before it was compared.
   struct SeenGroup {
     PyObject *dict, *params;
     uint64_t version;                             // of dict
@@ -426,14 +428,14 @@ class Plan {
   Vec<int64_t> dims;
   int64_t work = 0;                               // of all CPU rows
 
-  Vec<ScalarsOf> scalars_of;                      // and `scalars`, one for one
+  Vec<Scalars> scalars;
+  Vec<ScalarsOf> scalars_of;                      // one for one
   std::atomic<bool> moved{false};                 // of a step like the one before: whether some row has
 
   // Memory used again; its content is that of one call.
   PyObject* missing = nullptr;                    // [(group, param), ...], or null
   std::vector<PyObject*> fresh_params;            // sorted; optimizers without step count need to know
   Vec<Value> values;
-  Vec<Scalars> scalars;                           // of `scalars_of`
   Vec<c10::intrusive_ptr<at::TensorImpl>> alive;
 };
 

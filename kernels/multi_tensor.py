@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-CHUNK = 4096  # elements per program: what it does once is then a tenth of its instructions; to be tuned on hardware
+CHUNK = 4096  # elements per program: what it does once is then a tenth of Adam's instructions; to be tuned on hardware
 THREADS = 128  # per program
 THREAD_BYTES = 32  # of the compute type in a thread's registers, for each tensor: 8 fp32 or 4 fp64 numbers
 VECTOR_BYTES = 16  # the widest load and store
