@@ -846,7 +846,7 @@ void Plan::check(PyObject* self, PyObject* fresh) {
 // ---- a step like the one before
 
 constexpr int64_t grain = 16384;          // work below which a second thread costs more than it brings
-constexpr int64_t params_grain = 128;     // the same for parameters to compare or to count
+constexpr int64_t params_grain = 256;     // the same for parameters to compare or to count
 constexpr int64_t release_gil = 1 << 19;  // work from which other Python threads shall run meanwhile; about 0.1 ms
 constexpr size_t ahead = 4;               // parameters whose memory is asked for before it is read
 
