@@ -1,7 +1,7 @@
 // The machinery of the CPU step, compiled once per ISA: an update over the elements of a row, whatever their dtypes and strides.
 //
-// Where all operands walk memory in one order and are fp32, fp64, bf16 or fp16 in a usual combination, the update runs on memory itself. Else
-// it runs on blocks in the L1 cache: operands are loaded (widened, gathered), updated, and param and state stored (rounded, scattered).
+// Where all operands walk memory in one order and are of dtypes in a usual combination, the update runs on memory itself. Else it runs
+// on blocks in the L1 cache: operands are loaded (widened, gathered), updated, and param and state stored (rounded, scattered).
 // Everything has internal linkage: code for one ISA must never be shared with another.
 #pragma once
 #include <cstring>

@@ -2,7 +2,7 @@
 //
 //   step(optimizer)  ->  None                      the step is done
 //                        ((bucket, ...), ...)      done on the CPU; fastopt/gpu.py uploads and launches these
-//                        ("gpu", want, ...)        kernels or buffers are wanted for these: set_buffer (nothing was written; call again)
+//                        ("gpu", want, ...)        kernels or buffers are wanted (nothing was written; set_buffer, call again)
 //                        [(group, param), ...]     these parameters want their state made (nothing was written; call again)
 //                        "reason"                  not for this library: torch's own step shall run (nothing was written)
 //                        raises                    refused (nothing was written)
@@ -905,7 +905,9 @@ bool Plan::recheck_group(PyObject* dict, SeenGroup& seen, size_t at) {
 }
 
 bool Plan::recheck_params(size_t begin, size_t end) {
-  auto group = std::upper_bound(seen_groups.begin(), seen_groups.end(), begin, [](size_t at, const SeenGroup& g) { return at < g.first; }) - 1;
+  if (begin == end) return true;
+  auto begins_behind = [](size_t at, const SeenGroup& group) { return at < group.first; };
+  auto group = std::upper_bound(seen_groups.begin(), seen_groups.end(), begin, begins_behind) - 1;
   for (size_t at = begin; at < end; ++group) {
     PyObject** const params = PySequence_Fast_ITEMS(group->params);
     for (const size_t upto = std::min(end, group->first + size_t(group->count)); at < upto; at++) {
@@ -926,9 +928,9 @@ C10_ALWAYS_INLINE bool Plan::recheck_param(PyObject* object, const SeenParam& se
   Batch& batch = seen.on_gpu ? gpu : cpu;
   Row& row = batch.rows[seen.row];
   Written& w = batch.written[seen.row];
-  if (param->key_set() != seen.keys || param->dtype() != seen.dtype || param->numel() != row.numel || !param->is_non_overlapping_and_dense()) return false;
+  if (param->key_set() != seen.keys || param->dtype() != seen.dtype || param->numel() != row.numel) return false;
   const Alike is_alike(param);
-  if (!is_alike(grad)) return false;
+  if (!param->is_non_overlapping_and_dense() || !is_alike(grad)) return false;
 
   const int64_t size = itemsize(row.dtype[0]);
   bool differs = false;                           // an address
