@@ -393,7 +393,7 @@ class Plan {
   void count_repeated_steps();
   void count_steps(Batch& batch, bool as_before);
   void lay_out(bool in_turn);
-  void write(bool in_turn, bool as_before);
+  void write(bool in_turn);
   size_t bucket_of(const Row& row, c10::DeviceIndex device, bool capturable);
   bool images_fit() const;
   PyObject* gpu_wants();
@@ -402,7 +402,7 @@ class Plan {
   void put(Bucket& b, int64_t at, int64_t word);
   void put_addresses(Bucket& b, int64_t at, const Row& row);
   void put_scalars(Bucket& b, size_t row, size_t from);
-  PyObject* gpu_launches(bool as_before);
+  PyObject* gpu_launches();
   void run_rows(const Row* first, const int64_t* ends, size_t count);
   void clear();
 
@@ -451,14 +451,20 @@ void Plan::add_missing(PyObject* group_dict, PyObject* param) {
   Py_DECREF(pair);
 }
 
+// The address of the first element, null if there is no memory. mutable_data() gives a lazily copied tensor memory of its own.
+C10_ALWAYS_INLINE void* address_of(const at::TensorImpl* t, int64_t itemsize, bool written) {
+  c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
+  auto* base = static_cast<char*>(written ? storage->mutable_data() : const_cast<void*>(storage->data()));
+  return base ? base + t->storage_offset() * itemsize : nullptr;
+}
+
 c10::DeviceIndex index_of(c10::Device gpu) { return gpu.has_index() ? gpu.index() : c10::DeviceIndex(0); }
 
 // The address of a number on the GPU as kernels/multi_tensor.py wants it: 1 is added for fp32.
 int64_t device_number(at::TensorImpl* t) {
   DType dtype;
   if (!dtype_of(t, dtype) || (dtype != DType::f32 && dtype != DType::f64)) throw Outside{"a hyper-parameter on a GPU is neither float32 nor float64"};
-  const char* first = static_cast<const char*>(t->unsafe_storage().unsafeGetStorageImpl()->data());
-  return reinterpret_cast<int64_t>(first + t->storage_offset() * itemsize(dtype)) + (dtype == DType::f32);
+  return reinterpret_cast<int64_t>(address_of(t, itemsize(dtype), false)) + (dtype == DType::f32);
 }
 
 // The numbers behind the keys of a group. A tensor makes all of them Values, whose arithmetic is torch's; but of a tensor on the GPU in
@@ -565,21 +571,18 @@ C10_ALWAYS_INLINE void check_written(at::TensorImpl* t, const char* name, Where 
   if (!t->is_contiguous() || t->is_inference()) refuse_or_accept(t, name, where);
 }
 
-// The address of the first element. mutable_data() gives a lazily copied tensor memory of its own.
-C10_ALWAYS_INLINE void* memory_of(at::TensorImpl* t, int64_t itemsize, bool written, const char* name, Where where) {
-  c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
-  char* base = static_cast<char*>(written ? storage->mutable_data() : const_cast<void*>(storage->data()));
-  if (!base && t->numel() > 0)
+C10_ALWAYS_INLINE void* memory_of(const at::TensorImpl* t, int64_t itemsize, bool written, const char* name, Where where) {
+  void* address = address_of(t, itemsize, written);
+  if (!address && t->numel() > 0)
     raise(PyExc_RuntimeError, c10::str(name, " of ", where, " has ", t->numel(), " elements but no storage (was it freed or resized to 0?)"));
-  return base + t->storage_offset() * itemsize;
+  return address;
 }
 
 // The same for any thread; null where it takes more: memory that is lazily copied and shall be written, is of another device, or missing.
-C10_ALWAYS_INLINE void* address_or_null(const at::TensorImpl* t, int64_t itemsize, bool written, c10::Device device) {
-  c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
-  if (storage->device() != device || (written && storage->data_ptr().get_deleter() == c10::impl::cow::cow_deleter)) return nullptr;
-  auto* base = static_cast<char*>(written ? storage->mutable_data() : const_cast<void*>(storage->data()));
-  return base ? base + t->storage_offset() * itemsize : nullptr;
+C10_ALWAYS_INLINE void* memory_or_null(const at::TensorImpl* t, int64_t itemsize, bool written, c10::Device device) {
+  const c10::StorageImpl* storage = t->unsafe_storage().unsafeGetStorageImpl();
+  const bool lazily_copied = storage->data_ptr().get_deleter() == c10::impl::cow::cow_deleter;
+  return storage->device() != device || (written && lazily_copied) ? nullptr : address_of(t, itemsize, written);
 }
 
 at::TensorImpl* Plan::check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const py::object& placement,
@@ -935,7 +938,7 @@ C10_ALWAYS_INLINE bool Plan::recheck_param(PyObject* object, const SeenParam& se
   const int64_t size = itemsize(row.dtype[0]);
   bool differs = false;                           // an address
   auto read_address = [&](int k, const at::TensorImpl* t) {
-    void* data = address_or_null(t, size, k != 1, seen.device);
+    void* data = memory_or_null(t, size, k != 1, seen.device);
     differs |= row.data[k] != data;
     row.data[k] = data;
     return data || !row.numel;
@@ -954,7 +957,7 @@ C10_ALWAYS_INLINE bool Plan::recheck_param(PyObject* object, const SeenParam& se
       if (!is_exact(seen.step)) return false;
       at::TensorImpl* step = w.step = THPVariable_Unpack(seen.step).unsafeGetTensorImpl();
       if (step->key_set() != seen.step_keys || step->dtype() != seen.step_dtype || step->numel() != 1) return false;
-      w.count = address_or_null(step, w.count_f64 ? 8 : 4, true, at::kCPU);
+      w.count = memory_or_null(step, w.count_f64 ? 8 : 4, true, at::kCPU);
       if (!w.count) return false;
       const double t = w.count_f64 ? *static_cast<double*>(w.count) + 1.0 : *static_cast<float*>(w.count) + 1.0f;
       if (t != w.t + 1) return false;
@@ -1032,7 +1035,7 @@ void Plan::run_rows(const Row* first, const int64_t* upto, size_t count) {
   else at::parallel_for(0, total, grain, run_share);
 }
 
-// What the rows of the CPU need to be run, but for their scalars.
+// What the rows of the CPU need to be run.
 void Plan::lay_out(bool in_turn) {
   work = 0;
   const int64_t* at = dims.data();
@@ -1045,14 +1048,13 @@ void Plan::lay_out(bool in_turn) {
     Row& row = cpu.rows[r];
     const int64_t layout = cpu.written[r].layout;
     row.layout = layout < 0 ? nullptr : &layouts[layout];
+    row.scalars = &scalars[cpu.written[r].scalars];
     work += row.numel + row_cost;
     ends.push_back(in_turn ? row.numel + row_cost : work);
   }
 }
 
-void Plan::write(bool in_turn, bool as_before) {
-  for (size_t r = 0; r < cpu.rows.size(); r++) cpu.rows[r].scalars = &scalars[cpu.written[r].scalars];
-  count_steps(cpu, as_before);
+void Plan::write(bool in_turn) {
   auto run_all = [&] {
     if (!in_turn) return run_rows(cpu.rows.data(), ends.data(), cpu.rows.size());
     for (size_t r = 0; r < cpu.rows.size(); r++) run_rows(&cpu.rows[r], &ends[r], 1);
@@ -1103,11 +1105,12 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
   if (!gpu.rows.empty() && !fit)
     if (PyObject* wants = gpu_wants()) return wants;
   if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();   // from here on, it is written
-  if (!cpu.rows.empty()) write(in_turn, as_before);
+  if (!cpu.rows.empty()) count_steps(cpu, as_before), write(in_turn);
   PyObject* launches = nullptr;
   if (!gpu.rows.empty()) {
     fit ? refresh_images() : fill_images();
-    launches = gpu_launches(as_before);
+    launches = gpu_launches();
+    count_steps(gpu, as_before);
   }
   kept = comparable && !in_turn;
   return launches ? launches : Py_NewRef(Py_None);
@@ -1256,7 +1259,7 @@ void Plan::refresh_images() {
 
 // Returns ((bucket, programs, table_at, scalars_at, changed from, to, address of the image, rows to prepare, hypers_at), ...), all but the
 // address and the counts in words of 8 bytes; or null if there are none.
-PyObject* Plan::gpu_launches(bool as_before) {
+PyObject* Plan::gpu_launches() {
   py::list launches;
   for (size_t i = 0; i < buckets.size(); i++) {
     Bucket& b = buckets[i];
@@ -1265,7 +1268,6 @@ PyObject* Plan::gpu_launches(bool as_before) {
     launches.append(py::make_tuple(i, b.programs, b.table_at, b.scalars_at, b.changed_from, b.changed_to, reinterpret_cast<int64_t>(b.image.data()),
                                    prepared, b.hypers_at));
   }
-  count_steps(gpu, as_before);
   if (launches.empty()) return nullptr;
   return py::tuple(launches).release().ptr();
 }
