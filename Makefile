@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TORCHES ?= 2.10 2.11 2.12 2.13 2.14 2.15
 # torch's CUDA builds ask for one version of Triton, its CPU builds for none; there is none for macOS
 TRITON ?= $(if $(filter Darwin,$(shell uname)),,triton>=3.6,<3.10)
 OTHER_TRITON ?= 3.7.1
@@ -15,7 +16,7 @@ CORE_DEPS := $(CORE) $(wildcard csrc/*.h)
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
+.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheel wheels sdist test-wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -101,12 +102,30 @@ build/docs/installed:
 	build/docs/bin/python -m pip install --quiet "mkdocs-material==9.*"
 	touch $@
 
-wheels: build/wheels/installed  ## wheels for every supported Python and this TORCH, in dist; needs Docker on Linux
-	TORCH="$(TORCH)" CIBW_TEST_REQUIRES="$(TORCH)" build/wheels/bin/cibuildwheel --output-dir dist
+wheel: $(TORCHES:%=build/torch/%)  ## one wheel for this PYTHON and every torch in TORCHES, in dist; needs a C++ compiler
+	FASTOPT_TORCHES="$^" $(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+build/torch/%:  # about 0.5 GB each: headers, and the libraries to link with
+	$(PYTHON) tools/unpack_torch.py $* $@
+
+# "No compiler on the PATH" is the point of a wheel. The tests are copied, as the folder fastopt beside them hides the wheel.
+test-wheel:  ## the wheel in dist, installed beside TORCH in a fresh environment without a compiler, and tests
+	rm -rf build/installed && mkdir -p build/installed && cp -r tests kernels pyproject.toml build/installed
+	$(PYTHON) -m venv build/installed/venv
+	build/installed/venv/bin/python -m pip install --quiet "$(TORCH)" numpy pytest pytest-benchmark expecttest
+	build/installed/venv/bin/python -m pip install --quiet --no-index --find-links dist --only-binary=:all: fastopt
+	cd build/installed && PATH=$(CURDIR)/build/installed/venv/bin venv/bin/python -W error::RuntimeWarning:fastopt -m pytest \
+	  $(foreach name,state hot_step numerics checkpoints,tests/test_$(name).py)
+
+sdist:  ## the source distribution, in dist
+	$(PYTHON) -m pip install --quiet --target build/pep517 build
+	PYTHONPATH=build/pep517 $(PYTHON) -m build --sdist --outdir dist .
+
+wheels: build/wheels/installed $(TORCHES:%=build/torch/%)  ## such wheels for every supported Python; needs Docker on Linux
+	FASTOPT_TORCHES="$(TORCHES:%=build/torch/%)" CIBW_TEST_REQUIRES="$(TORCH)" build/wheels/bin/cibuildwheel --output-dir dist
 build/wheels/installed:
 	$(PYTHON) -m venv build/wheels
 	build/wheels/bin/python -m pip install --quiet "cibuildwheel==3.*"
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info fastopt/_C.*.so .venv
+	rm -rf build dist *.egg-info fastopt/_C*.so .venv

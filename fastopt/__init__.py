@@ -9,6 +9,7 @@
 
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .backends import _C as _C  # the extension that fits this torch, or None
 from .backends import backend_info
 from .rmsprop import RMSprop
 from .sgd import SGD

@@ -1,4 +1,4 @@
-"""Loads the C++ extension, chooses its instruction set, and tells what runs where."""
+"""Loads the C++ extension that fits this torch, chooses its instruction set, and tells what runs where."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from typing import Any
 
 import torch
 
-REBUILD = (
-    "fastopt's extension was built for {built}, but this is torch {torch}; rebuild it, in its clone: "
-    "pip install --no-build-isolation --force-reinstall --no-deps ."
-)
 NO_EXTENSION = (
     "fastopt was installed without its C++ extension: every step is torch.optim's own. "
-    "For the fused step, install a C++ compiler and reinstall, in its clone: "
-    "pip install --no-build-isolation --force-reinstall --no-deps ."
+    "For the fused step, install a C++ compiler and reinstall: {rebuild}"
 )
-
+NOT_FOR_THIS_TORCH = (
+    "fastopt has no build for torch {torch}, only for {built}: every step is torch.optim's own. "
+    "For the fused step, build one: {rebuild}"
+)
+NOT_LOADED = (
+    "fastopt's build for torch {minor} does not load with this torch {torch}: {error}. "
+    "Every step is torch.optim's own. For the fused step, build one: {rebuild}"
+)
+REBUILD = (
+    "pip install --no-build-isolation --force-reinstall --no-deps --no-binary fastopt fastopt "
+    "(in a clone, '.' for the last three words)"
+)
 SOURCE_TREE = (
     "fastopt was imported from its source tree, {tree}, which has no C++ extension: every step is torch.optim's own. "
     "Run from another directory to use the installed fastopt, or build the one here: "
@@ -29,35 +35,39 @@ SOURCE_TREE = (
 )
 
 
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
+def _builds() -> list[str]:
+    """The minor versions of torch for which there is an extension, as in "2.13"."""
+    names = (path.name.split(".")[0] for path in Path(__file__).parent.glob("_C_torch*"))
+    versions = {name.removeprefix("_C_torch").replace("_", ".") for name in names}
+    return sorted(versions, key=lambda version: [int(part) for part in version.split(".")])
 
 
-def _no_extension() -> str:
-    tree = Path(__file__).parent.parent
-    return SOURCE_TREE.format(tree=tree) if (tree / "setup.py").exists() else NO_EXTENSION
-
-
-def _load() -> ModuleType | None:
+def _load() -> ModuleType | str:
+    """The extension, or why there is none and what helps."""
+    version = torch.__version__
+    minor = ".".join(version.split(".")[:2])
     try:
-        extension = import_module("fastopt._C")
+        return import_module("fastopt._C_torch" + minor.replace(".", "_"))
     except ModuleNotFoundError:
-        warnings.warn(_no_extension(), RuntimeWarning, stacklevel=2)
-        return None
-    except ImportError as error:
-        raise ImportError(f"{REBUILD.format(built='another torch', torch=torch.__version__)} ({error})") from error
-    built = extension.torch_version
-    if _minor(built) != _minor(torch.__version__):
-        raise ImportError(REBUILD.format(built=f"torch {built}", torch=torch.__version__))
+        if built := _builds():
+            return NOT_FOR_THIS_TORCH.format(torch=version, built=", ".join(built), rebuild=REBUILD)
+        tree = Path(__file__).parent.parent
+        return SOURCE_TREE.format(tree=tree) if (tree / "setup.py").exists() else NO_EXTENSION.format(rebuild=REBUILD)
+    except ImportError as error:  # a torch of other symbols than the released one of this version
+        return NOT_LOADED.format(minor=minor, torch=version, error=error, rebuild=REBUILD)
+
+
+_loaded = _load()
+_C: Any = None
+if isinstance(_loaded, str):
+    warnings.warn(_loaded, RuntimeWarning, stacklevel=2)
+else:
+    _C = _loaded
     if isa := os.environ.get("FASTOPT_ISA"):
         try:
-            extension.set_isa(isa)
+            _C.set_isa(isa)
         except ValueError as error:
             raise ValueError(f"FASTOPT_ISA: {error}") from None
-    return extension
-
-
-_C: Any = _load()
 
 # Steps that torch's own code did, by reason.
 torch_steps: Counter[str] = Counter()
@@ -86,5 +96,5 @@ def backend_info() -> dict[str, Any]:
         "cpu": _C.isa() if _C else "torch",
         "cpu_available": _C.isas() if _C else [],
         "threads": torch.get_num_threads(),
-        "torch_steps": dict(torch_steps) if _C else _no_extension(),
+        "torch_steps": dict(torch_steps) if _C else _loaded,
     }

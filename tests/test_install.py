@@ -1,6 +1,7 @@
-"""Installing: with and without a compiler, from a wheel and an sdist; an extension built for another torch."""
+"""Installing: with and without a compiler, from a wheel and an sdist; for one torch and for many; builds that fail."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SITE = sysconfig.get_paths()["purelib"]
+MINOR = ".".join(torch.__version__.split(".")[:2])
 STEP = """
 import torch, fastopt
 param = torch.nn.Parameter(torch.ones(3))
@@ -42,18 +44,76 @@ def test_without_extension(tmp_path):
     assert done.stdout.count("installed without its C++ extension") == 1  # in backend_info()
 
 
-def test_no_compiler_is_one_sentence(tmp_path):
-    done = pip("install", "--target", str(tmp_path / "site"), ".", check=False, CXX="no-such-compiler")
-    assert done.returncode != 0
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "fastopt:" in line]
-    assert said and "no working C++ compiler" in said[0] and "FASTOPT_NO_EXTENSION=1" in said[0]
+SAYS = """#!/bin/sh
+case "$*" in *-o*) echo "$SAID" >&2; exit 1;; *) exec c++ "$@";; esac
+"""
 
 
-def test_extension_for_another_torch_says_rebuild(tmp_path):
-    code = "import torch; torch.__version__ = '9.9.0'\nimport fastopt"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True)
+@pytest.mark.parametrize(
+    "error, remedy",
+    [
+        (None, "no C++ compiler: 'no-such-compiler' not found; install one"),
+        ("x.h:12:10: fatal error: 'omp.h' file not found", "OpenMP is missing: on Linux build with g++"),
+        ("/usr/bin/ld: cannot find -lomp: No such file", "OpenMP is missing: on Linux build with g++"),
+        ("x.h:13:10: fatal error: Python.h: No such file", "Python's headers are missing"),
+        ("c++: error: unrecognized command-line option '-std=c++20'", "torch's headers want a newer compiler"),
+        ("c++: fatal error: Killed signal terminated program cc1plus", "out of memory: set MAX_JOBS=1"),
+        ("x.cpp:1:1: error: expected unqualified-id before 'nonsense'", "if this compiler builds nothing else either"),
+    ],
+)
+def test_a_failed_build_says_why_and_what_helps(tmp_path, error, remedy):
+    """In one sentence, with the first error of the compiler, here one that says it for every file."""
+    compiler = tmp_path / "fails"
+    compiler.write_text(SAYS)
+    compiler.chmod(0o755)
+    env = {"CXX": str(compiler) if error else "no-such-compiler", "SAID": f"a note\n{error}\nanother error: the second"}
+    done = pip("install", "--target", str(tmp_path / "site"), ".", check=False, **env)
     assert done.returncode != 0
-    assert "ImportError" in done.stderr and "this is torch 9.9.0; rebuild it, in its clone: pip install" in done.stderr
+    (said,) = {line.strip() for line in (done.stdout + done.stderr).splitlines() if "fastopt: " in line}
+    assert remedy in said and "FASTOPT_NO_EXTENSION=1" in said
+    assert error is None or f"the C++ compiler '{compiler}' failed: {error}; " in said
+
+
+def test_a_build_without_torch_says_what_to_do(tmp_path):
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', 'egg_info', '-e', sys.argv[1]]\n"
+    command = [sys.executable, "-c", code + "runpy.run_path('setup.py')", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == (
+        "fastopt: torch is not installed where the build runs; install torch first, then repeat this command with "
+        "pip's --no-build-isolation"
+    )
+
+
+def installed_for(target, tmp_path, builds):
+    """The installed package with other files as its extensions, and a step with it."""
+    shutil.copytree(ROOT / "fastopt", target / "fastopt", ignore=shutil.ignore_patterns("_C_torch*", "__pycache__"))
+    shutil.copytree(ROOT / "kernels", target / "fastopt" / "kernels")
+    shutil.copytree(next(Path(SITE).glob("fastopt-*.dist-info")), target / "fastopt-0.dist-info")
+    for minor, file in builds.items():
+        name = f"_C_torch{minor.replace('.', '_')}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        shutil.copy(file, target / "fastopt" / name)
+    return run(target, STEP, tmp_path)
+
+
+def test_no_build_for_this_torch_is_torchs_own_step_and_a_warning(tmp_path):
+    """What has a build for other versions names them, and how to get one for this."""
+    done = installed_for(tmp_path / "site", tmp_path, {"2.9": __file__, "2.100": __file__})
+    assert done.returncode == 0, done.stderr
+    assert "'cpu': 'torch'" in done.stdout
+    for text in (done.stdout, done.stderr):  # in backend_info() and in the warning
+        assert text.count(f"has no build for torch {torch.__version__}, only for 2.9, 2.100: every step is") == 1
+        assert "pip install --no-build-isolation --force-reinstall --no-deps --no-binary fastopt fastopt" in text
+
+
+def test_a_build_that_does_not_load_is_torchs_own_step_and_a_warning(tmp_path):
+    """A torch whose symbols are not those of the release: never an undefined symbol. Here the file is no library."""
+    done = installed_for(tmp_path / "site", tmp_path, {MINOR: __file__})
+    assert done.returncode == 0, done.stderr
+    assert "'cpu': 'torch'" in done.stdout
+    for text in (done.stdout, done.stderr):
+        assert f"build for torch {MINOR} does not load with this torch {torch.__version__}: " in text
+        assert "Every step is torch.optim's own" in text and "--no-binary fastopt fastopt" in text
 
 
 @pytest.mark.parametrize("name, said", [("nonsense", "'nonsense' is not available here"), ("", None)])
@@ -81,5 +141,26 @@ def test_wheel_and_sdist(tmp_path, kind):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout and "'cpu': 'torch'" not in done.stdout and "extension" not in done.stderr
     (metadata,) = (tmp_path / "site").glob("fastopt-*/METADATA")
-    minor = ".".join(torch.__version__.split(".")[:2])
-    assert f"Requires-Dist: torch=={minor}.*\n" in metadata.read_text()
+    assert f"Requires-Dist: torch=={MINOR}.*\n" in metadata.read_text()
+
+
+@pytest.mark.slow
+def test_one_wheel_for_many_torches(tmp_path):
+    """As `make wheel` builds it, from headers and libraries in folders: here two names of the torch at hand."""
+    folders = [tmp_path / MINOR, tmp_path / "2.999"]
+    for folder in folders:
+        folder.symlink_to(Path(torch.__file__).parent)
+    pip("wheel", "--wheel-dir", str(tmp_path), ".", FASTOPT_TORCHES=" ".join(map(str, folders)))
+    (wheel,) = tmp_path.glob("*.whl")
+    pip("install", "--target", str(tmp_path / "site"), str(wheel))
+    site = tmp_path / "site"
+    sizes = {path.name.split(".")[0]: path.stat().st_size for path in (site / "fastopt").glob("_C_*")}
+    assert set(sizes) == {f"_C_torch{MINOR.replace('.', '_')}", "_C_torch2_999"}  # nothing of a build before it
+    assert max(sizes.values()) < 2**21, sizes  # stripped: with symbols it is ten times that
+    (metadata,) = site.glob("fastopt-*/METADATA")
+    assert "Requires-Dist: torch>=2.10\n" in metadata.read_text()
+    for version, built in [(torch.__version__, MINOR), ("2.999.1+cpu", "2.999")]:
+        check = f"import torch; torch.__version__ = {version!r}\n{STEP}\nassert fastopt._C.torch_version == {built!r}"
+        done = run(site, check, tmp_path)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert str(site) in done.stdout and "'cpu': 'torch'" not in done.stdout
