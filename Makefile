@@ -107,6 +107,7 @@ wheel: $(TORCHES:%=build/torch/%)  ## one wheel for this PYTHON and every torch 
 build/torch/%:  # about 0.5 GB each: headers, and the libraries to link with
 	$(PYTHON) tools/unpack_torch.py $* $@
 
+INSTALLED_TESTS ?= state hot_step numerics checkpoints
 # "No compiler on the PATH" is the point of a wheel. The tests are copied, as the folder fastopt beside them hides the wheel.
 test-wheel:  ## the wheel in dist, installed beside TORCH in a fresh environment without a compiler, and tests
 	rm -rf build/installed && mkdir -p build/installed && cp -r tests kernels pyproject.toml build/installed
@@ -114,11 +115,11 @@ test-wheel:  ## the wheel in dist, installed beside TORCH in a fresh environment
 	build/installed/venv/bin/python -m pip install --quiet "$(TORCH)" numpy pytest pytest-benchmark expecttest
 	build/installed/venv/bin/python -m pip install --quiet --no-index --find-links dist --only-binary=:all: fastopt
 	cd build/installed && PATH=$(CURDIR)/build/installed/venv/bin venv/bin/python -W error::RuntimeWarning:fastopt -m pytest \
-	  $(foreach name,state hot_step numerics checkpoints,tests/test_$(name).py)
+	  $(INSTALLED_TESTS:%=tests/test_%.py)
 
 sdist:  ## the source distribution, in dist
 	$(PYTHON) -m pip install --quiet --target build/pep517 build
-	PYTHONPATH=build/pep517 $(PYTHON) -m build --sdist --outdir dist .
+	FASTOPT_NO_EXTENSION=1 PYTHONPATH=build/pep517 $(PYTHON) -m build --sdist --outdir dist .
 
 wheels: build/wheels/installed $(TORCHES:%=build/torch/%)  ## such wheels for every supported Python; needs Docker on Linux
 	FASTOPT_TORCHES="$(TORCHES:%=build/torch/%)" CIBW_TEST_REQUIRES="$(TORCH)" build/wheels/bin/cibuildwheel --output-dir dist
