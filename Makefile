@@ -99,7 +99,7 @@ docs: build/docs/installed  ## the site, in build/site; fails at a broken link
 	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict
 build/docs/installed:
 	$(PYTHON) -m venv build/docs
-	build/docs/bin/python -m pip install --quiet "mkdocs-material==9.*"
+	build/docs/bin/python -m pip install --quiet "mkdocs-material==9.*" "mkdocstrings[python]==1.*"
 	touch $@
 
 wheel: $(TORCHES:%=build/torch/%)  ## one wheel for this PYTHON and every torch in TORCHES, in dist; needs a C++ compiler

@@ -1,8 +1,11 @@
-"""docs/features.md names tests that exist, and leaves out none of the files it is about."""
+"""docs/features.md names tests that exist, and leaves out none of the files it is about; docs/api.md has every name."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
+
+import fastopt
 
 TESTS = Path(__file__).parent
 COMPLETE = ("dropin", "checkpoints", "compile", "distributed", "frameworks", "memory")
@@ -20,3 +23,22 @@ def test_features_and_tests():
     assert named and named <= existing, named - existing
     expected = {test for test in existing if test[0] in {f"test_{name}.py" for name in COMPLETE}}
     assert expected <= named, expected - named
+
+
+def test_api_page():
+    """docs/api.md renders every public name, below a call with the arguments and defaults that it has here."""
+    page = (TESTS.parent / "docs" / "api.md").read_text()
+    entries = re.findall(r"^## (\w+)\n\n```py\n(\w+)(\(.*?\))\n```\n\n::: fastopt\.(\w+)$", page, re.M | re.S)
+    assert sorted(name for name, *_ in entries) == sorted(fastopt.__all__)
+    for name, called, arguments, rendered in entries:
+        assert name == called == rendered
+        written = ast.parse(f"def f{arguments}: pass").body[0].args
+        positional, keyword = [arg.arg for arg in written.args], [arg.arg for arg in written.kwonlyargs]
+        defaults = [ast.literal_eval(value) for value in written.defaults + written.kw_defaults]
+        with_default = (positional + keyword)[-len(defaults) :] if defaults else []
+        parameters = inspect.signature(getattr(fastopt, name)).parameters
+        assert positional + keyword == list(parameters)
+        assert keyword == [key for key, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY]
+        assert dict(zip(with_default, defaults, strict=True)) == {
+            key: parameter.default for key, parameter in parameters.items() if parameter.default is not parameter.empty
+        }
