@@ -76,13 +76,15 @@ torch_steps: Counter[str] = Counter()
 def backend_info() -> dict[str, Any]:
     """What runs the steps of this process, and why.
 
-    Returns a dict:
-        fastopt, torch: versions.
-        cpu: the instruction set of the CPU step (``"avx512"``, ``"avx2"``, ``"baseline"``), or ``"torch"`` without
-            extension. The environment variable ``FASTOPT_ISA`` forces one.
-        cpu_available: the instruction sets that this processor can run.
-        threads: ``torch.get_num_threads()``; the step honours it.
-        torch_steps: how many steps torch's own code did, by the reason (sparse gradients, complex parameters, ...).
+    Returns a dict with:
+
+    - ``fastopt``, ``torch``: versions.
+    - ``cpu``: the instruction set of the CPU step (``"avx512"``, ``"avx2"``, ``"baseline"``), or ``"torch"`` without
+      extension. The environment variable ``FASTOPT_ISA`` forces one.
+    - ``cpu_available``: the instruction sets that this processor can run.
+    - ``threads``: ``torch.get_num_threads()``; the step honours it.
+    - ``torch_steps``: how many steps torch's own code did, by the reason (sparse gradients, complex parameters, ...).
+      Without extension, why there is none and what helps.
 
     Include it in bug reports.
 
