@@ -21,7 +21,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"fastopt: setuptools {setuptools.__version__} is too old to build it; pip install 'setuptools>=77'")
 
 # Without torch, and with it.
-STEP, PLAN = glob("csrc/isa*.cpp"), glob("csrc/bind.cpp")
+STEP, PLAN = sorted(glob("csrc/isa*.cpp")), sorted(glob("csrc/bind.cpp"))
 
 NO_TORCH = (
     "fastopt: torch is not installed where the build runs; install torch first, then repeat this command with "
@@ -156,8 +156,7 @@ def for_many_torches(folders):
             step = self.compiler.compile(STEP, extra_postargs=[*COMPILE_ARGS, "-std=c++17", "-g0"], **arguments)
             for extension in self.extensions:
                 extension.extra_objects = step  # compiled once, linked into each
-            self.parallel = int(os.environ.get("MAX_JOBS", os.cpu_count()))
-            super().build_extensions()
+            super().build_extensions()  # one after the other: their objects have the same names
 
     strip = [] if sys.platform == "darwin" else ["-Wl,-s", "-Wl,-z,now"]  # now: what is undefined is so at import
     extensions = [
