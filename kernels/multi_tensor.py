@@ -13,8 +13,9 @@ this order they need one upload, of what lies behind the first change: work chan
 addresses, scalars with every step.
 
     work     int64[programs]              row << 32 | chunk: one program steps the elements from chunk * CHUNK up to
-                                          (chunk + 1) * CHUNK of the tensor in this row of the table. Each chunk of
-                                          each tensor once, in any order.
+                                          (chunk + 1) * CHUNK of the tensor in this row of the table, all moved
+                                          by the few by which it is not aligned. Each chunk of each tensor once, in
+                                          any order.
     table    int64[rows, 4 + len(SLOTS)]  a row per tensor: numel; its row of scalars; the addresses of param and grad;
                                           the address of each state slot in the order of SLOTS, 0 if it is not in use.
                                           All of them dense, in the same element order, aligned to their dtype.
@@ -50,9 +51,16 @@ def _pointer(address, base, dtype: tl.constexpr):
 
 
 @triton.jit
-def _aligned_pointer(address, base, dtype: tl.constexpr):
+def _aligned_pointer(address, base, dtype: tl.constexpr, VEC: tl.constexpr):
     # Triton takes the hint only on a pointer, and only where it is made. Without it nothing is 128 bits wide.
-    return tl.multiple_of(address.to(tl.pointer_type(dtype)) + base, 16)
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)) + base, VEC * (dtype.primitive_bitwidth // 8))
+
+
+@triton.jit
+def _off(address, dtype: tl.constexpr, VEC: tl.constexpr):
+    """How many elements an address is behind one at which a vector may begin."""
+    itemsize: tl.constexpr = dtype.primitive_bitwidth // 8
+    return (address & (VEC * itemsize - 1)) // itemsize
 
 
 @triton.jit
@@ -80,32 +88,40 @@ def multi_tensor_update(work, table, scalars,
     entry = tl.load(work + tl.program_id(0))
     row = table + (entry >> 32) * (4 + SLOTS)
     base = (entry & 0xffffffff) * CHUNK
-    numel = tl.minimum(tl.load(row) - base, CHUNK).to(tl.int32)
+    numel = tl.load(row) - base
     scalars += tl.load(row + 1) * SCALARS
     h = ()
     for i in tl.static_range(SCALARS):
         h = h + (tl.load(scalars + i),)
     param = tl.load(row + 2)
     grad = tl.load(row + 3)
-    bits = param | grad
+    off = _off(param, PARAM, VEC)
+    unlike = off ^ _off(grad, PARAM, VEC)
     state = ()
     for slot in tl.static_range(SLOTS):
         address = tl.load(row + 4 + slot)
-        bits |= address
+        if (USED >> slot) & 1:
+            unlike |= off ^ _off(address, STATE, VEC)
         state = state + (address,)
 
-    vectors = numel // VEC
-    if (bits & 15) != 0:
-        vectors = 0  # not all are aligned: one by one then
-    param_ptr = _aligned_pointer(param, base, PARAM)
-    grad_ptr = _aligned_pointer(grad, base, PARAM)
-    state_ptrs = [_aligned_pointer(address, base, STATE) for address in state]
+    # Operands that are off by as many elements have their vectors at the same places: from `off` elements before the
+    # tensor on. There its chunks begin, and the last one, which would lose as many at its end, keeps them. The vector
+    # of the elements `before` the tensor is left out; its own ones are stepped with the rest, one by one.
+    off = tl.where(unlike == 0, off, 0)
+    numel = tl.where(numel > CHUNK, CHUNK, numel + off).to(tl.int32)
+    base -= off
+    before = tl.where(base < 0, off, 0).to(tl.int32)
+    vectors = tl.where(unlike == 0, numel // VEC, 0)
+    first = tl.where(before == 0, 0, 1)
+    param_ptr = _aligned_pointer(param, base, PARAM, VEC)
+    grad_ptr = _aligned_pointer(grad, base, PARAM, VEC)
+    state_ptrs = [_aligned_pointer(address, base, STATE, VEC) for address in state]
     # The mask must be constant along a vector, and be seen to be: a mask on the rows of a two-dimensional block is.
     vector = tl.arange(0, BLOCK // VEC)[:, None]
     column = tl.arange(0, VEC)[None, :]
     for start in range(0, vectors, BLOCK // VEC):
-        _step(param_ptr, grad_ptr, state_ptrs, vector * VEC + column, (start + vector < vectors) & (column >= 0),
-              h, update, USED, SLOTS, T)
+        mask = (start + vector >= first) & (start + vector < vectors) & (column >= 0)
+        _step(param_ptr, grad_ptr, state_ptrs, vector * VEC + column, mask, h, update, USED, SLOTS, T)
         param_ptr += BLOCK
         grad_ptr += BLOCK
         state_ptrs = [pointer + BLOCK for pointer in state_ptrs]
@@ -113,9 +129,12 @@ def multi_tensor_update(work, table, scalars,
     param_ptr = _pointer(param, base, PARAM)
     grad_ptr = _pointer(grad, base, PARAM)
     state_ptrs = [_pointer(address, base, STATE) for address in state]
-    for start in range(vectors * VEC, numel, TAIL):
+    covered = tl.maximum(vectors - first, 0) * VEC  # by vectors
+    for start in range(0, numel - covered, TAIL):
         offsets = start + tl.arange(0, TAIL)
-        _step(param_ptr, grad_ptr, state_ptrs, offsets, offsets < numel, h, update, USED, SLOTS, T)
+        offsets += tl.where(offsets < first * VEC, 0, covered)
+        _step(param_ptr, grad_ptr, state_ptrs, offsets, (offsets < numel) & (offsets >= before),
+              h, update, USED, SLOTS, T)
 
 
 @triton.jit

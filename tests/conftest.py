@@ -11,7 +11,7 @@ def pytest_collection_modifyitems(items):
     no_fma = pytest.mark.skip(reason="ATEN_CPU_CAPABILITY=default: torch's own formula is another one, without fma")
     torch_has_fma = platform.machine() != "x86_64" or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if not torch_has_fma:
             item.add_marker(no_fma)

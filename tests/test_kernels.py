@@ -226,8 +226,41 @@ def test_bits_of_the_reference_on_sm_80(kernel):
 @pytest.mark.parametrize("kernel", FULL_KERNELS, ids=name_of)
 def test_tensors_that_are_not_aligned(hopper, kernel):
     one_each = [tuple(int(i == j) for j in range(5)) for i in range(5)]
-    offsets = [(0, 0, 0, 0, 0), *one_each, (1, 1, 1, 1, 1), (2, 2, 2, 2, 2), (3, 1, 2, 0, 1), (4, 4, 4, 4, 4)]
-    Tensors(kernel, [133] * len(offsets) + [CHUNK + 3] * 3, offsets).step_and_compare(hopper)
+    offsets = [(0, 0, 0, 0, 0), *one_each, *(5 * (off,) for off in range(1, 9)), (3, 1, 2, 0, 1)]
+    Tensors(kernel, [133] * len(offsets) + [CHUNK + 3] * 4, offsets).step_and_compare(hopper)
+    alike = [5 * (1 + i % 7,) for i in range(len(AROUND_VECTORS))]
+    Tensors(kernel, AROUND_VECTORS, alike).step_and_compare(hopper)
+    Tensors(kernel, AROUND_VECTORS[::-1], alike).step_and_compare(hopper)
+
+
+# so few elements that the first vector is the last, or none; and chunks whose ends are moved
+AROUND_VECTORS = [*range(1, 10), 15, 16, 17, 25, CHUNK - 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7, 3 * CHUNK]
+
+
+@pytest.mark.parametrize("kernel", FULL_KERNELS, ids=name_of)
+def test_tensors_off_alignment_alike_are_accessed_in_vectors(hopper, kernel):
+    """All but the first and last elements of a tensor, not of each chunk; but none where operands are off unlike."""
+    _, used, dtype, state_dtype = kernel
+    hopper.options["counts"] = True
+    vector, states, size = 16 // max(dtype.itemsize, state_dtype.itemsize), used.bit_count(), 3 * CHUNK
+    for offsets, alone in ((5 * (1,), vector), (5 * (vector,), 0), (5 * (2 * vector - 1,), vector), ((1, 0, 0, 0, 0), size)):
+        Tensors(kernel, [size], [offsets]).launch(hopper)
+        found, expected = accesses(hopper.launches[-1].machine.instructions), Counter()
+        for tensors, itemsize in ((1, dtype.itemsize), (states, state_dtype.itemsize)):
+            expected[itemsize] += tensors * alone
+            expected[vector * itemsize] += tensors * (size - alone) // vector
+        assert found["st"] == +expected, offsets
+        loaded = 2 * (dtype.itemsize * vector == 16) + states * (state_dtype.itemsize * vector == 16)
+        assert found["ld"][16] == loaded * (size - alone) // vector, offsets
+
+
+def accesses(executed):
+    """How many loads and stores of how many bytes were executed."""
+    found = {"ld": Counter(), "st": Counter()}
+    for opcode, count in executed.items():
+        if match := re.fullmatch(r"(ld|st)\.global(?:\.v(\d))?\.b(\d+)", opcode):
+            found[match[1]][int(match[2] or 1) * int(match[3]) // 8] += count
+    return found
 
 
 @pytest.mark.parametrize("chunk", [2**21, 2**22 + 1, 2**31 + 3, 2**32 - 2])
@@ -381,13 +414,10 @@ def test_instructions_and_bytes_of_an_element(hopper, kernel, monkeypatch):
     assert memory["store sectors"] == memory["store bytes"] // 32 + memory["store requests"]
     # each lane also reads its entry of the work list, its row of the table and its scalars, one by one
     shared = programs * multi_tensor.THREADS * vector / elements
-    loads[8] += (5 + len(tensors.module.SLOTS)) * shared
+    loads[8] += (5 + states) * shared
     loads[compute_dtype(dtype).itemsize] += scalars * shared
-    found = {"ld": Counter(), "st": Counter()}
-    for opcode, count in executed.items():
-        if match := re.fullmatch(r"(ld|st)\.global(?:\.v(\d))?\.b(\d+)", opcode):
-            found[match[1]][int(match[2] or 1) * int(match[3]) // 8] += count * vector / elements
-    assert found == {"ld": loads, "st": stores}
+    for name, expected in (("ld", loads), ("st", stores)):
+        assert {width: n * vector / elements for width, n in accesses(executed)[name].items()} == expected
 
 
 def bytes_per_element(kernel):

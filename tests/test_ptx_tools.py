@@ -203,6 +203,8 @@ def cases():
         yield f"selp.{kind}", kind, [kind, kind, "pred"], lambda a, b, p: a if p else b
         for relation in ("eq", "ne"):
             yield f"setp.{relation}.{kind}", "pred", [kind] * 2, RELATIONS[relation]
+    for kind in ("u32", "u64"):
+        yield f"bfe.{kind}", kind, [kind, "u32", "u32"], lambda a, at, n: a >> (at & 255) & (1 << (n & 255)) - 1
     for kind in ("pred", "b16", "b32", "b64"):
         yield f"and.{kind}", kind, [kind] * 2, operator.and_
         yield f"or.{kind}", kind, [kind] * 2, operator.or_
