@@ -5,7 +5,7 @@ knows no optimizer, only modules that have SLOTS, SCALARS, HYPERS, `update` and 
 uploading them, streams and devices are the caller's.
 
     launcher = update_launcher("adam", 0b011, torch.float32, torch.float32, device=0)    # compiles once
-    launcher.launch(programs, stream, work, table, scalars)                              # integers, all of them
+    launcher.launch(programs, stream, work, table, scalars, words)                       # integers, all of them
 
 A launch serves the tensors that share the algorithm, the state slots in use (a bit mask), the dtype of param and grad,
 and the dtype of their state. It reads three arrays in device memory, each aligned to 8 bytes. In one buffer and in
@@ -21,6 +21,9 @@ addresses, scalars with every step.
                                           All of them dense, in the same element order, aligned to their dtype.
     scalars  T[rows, len(SCALARS)]        in the order of SCALARS; tensors may share a row. T is fp64 for fp64
                                           parameters, else fp32.
+
+Where all tensors share one row of scalars, it comes with the launch, so that nothing needs an upload: the address of
+scalars is 0 then, and `words` are the row's, int64 each, `scalars_words` of them. Else they are zeros.
 
 The host cannot change what a captured graph reads from it, so `prepare` counts the steps and computes the scalars on
 the device, from an array of addresses; the update follows on the same stream and reads row i of scalars for row i.
@@ -43,6 +46,7 @@ CHUNK = 4096  # elements per program: what it does once is then a tenth of Adam'
 THREADS = 128  # per program
 THREAD_BYTES = 32  # of the compute type in a thread's registers, for each tensor: 8 fp32 or 4 fp64 numbers
 VECTOR_BYTES = 16  # the widest load and store
+AN_INT64 = 2**62 + 1  # that Triton takes for no narrower integer and no multiple of anything
 
 
 @triton.jit
@@ -64,6 +68,14 @@ def _off(address, dtype: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def _scalar(words, i: tl.constexpr, T: tl.constexpr):
+    if T == tl.float64:
+        return words[i].to(tl.float64, bitcast=True)
+    else:
+        return (words[i // 2] >> 32 * (i % 2)).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _step(param_ptr, grad_ptr, state_ptrs, offsets, mask, h,
           update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, T: tl.constexpr):
     param = tl.load(param_ptr + offsets, mask).to(T)
@@ -78,8 +90,8 @@ def _step(param_ptr, grad_ptr, state_ptrs, offsets, mask, h,
             tl.store(state_ptrs[slot] + offsets, state[slot].to(state_ptrs[slot].dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["work", "table", "scalars"])
-def multi_tensor_update(work, table, scalars,
+@triton.jit(do_not_specialize=["work", "table", "scalars", "words"])
+def multi_tensor_update(work, table, scalars, words,
                         update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, SCALARS: tl.constexpr,
                         PARAM: tl.constexpr, STATE: tl.constexpr,
                         CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr):
@@ -89,10 +101,11 @@ def multi_tensor_update(work, table, scalars,
     row = table + (entry >> 32) * (4 + SLOTS)
     base = (entry & 0xffffffff) * CHUNK
     numel = tl.load(row) - base
+    in_memory = scalars.to(tl.int64) != 0
     scalars += tl.load(row + 1) * SCALARS
     h = ()
     for i in tl.static_range(SCALARS):
-        h = h + (tl.load(scalars + i),)
+        h = h + (tl.load(scalars + i, in_memory, _scalar(words, i, T)),)
     param = tl.load(row + 2)
     grad = tl.load(row + 3)
     off = _off(param, PARAM, VEC)
@@ -180,23 +193,23 @@ def multi_tensor_prepare(hypers, scalars, compute: tl.constexpr, HYPERS: tl.cons
 class Launcher:
     """A kernel compiled for the current device and loaded there; `launch` does not compile, check, allocate or wait."""
 
-    def __init__(self, kernel, pointers, constants, warps):
+    def __init__(self, kernel, arguments, constants, warps):
         # `/` and `sqrt` are never fused, but a * b + c would be.
-        self.compiled = kernel.warmup(*pointers, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=False)
+        self.compiled = kernel.warmup(*arguments, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=False)
         self._run = self.compiled.run  # loads it
         self._kernel = (self.compiled.function, self.compiled.packed_metadata, None, None, None)  # no profiler's hooks
         self._constants = constants
 
-    def launch(self, programs, stream, *addresses):
+    def launch(self, programs, stream, *arguments):
         """Run `programs` > 0 programs on `stream` (its handle) of the device, on arrays at these addresses on it."""
-        self._run(programs, 1, 1, stream, *self._kernel, *addresses, *self._constants)
+        self._run(programs, 1, 1, stream, *self._kernel, *arguments, *self._constants)
 
 
 @functools.cache
 def update_launcher(algorithm, used, dtype, state_dtype, device):
-    """The Launcher of (work, table, scalars) for a module of this package, a mask of its SLOTS and two torch dtypes.
+    """The Launcher of (work, table, scalars, words) for a module of this package, a mask of its SLOTS and two dtypes.
 
-    device is the index of the device, which must be the current one.
+    The dtypes are torch's; device is the index of the device, which must be the current one.
     """
     return Launcher(*update_kernel(algorithm, used, dtype, state_dtype, driver.active.get_current_target().warp_size))
 
@@ -208,7 +221,10 @@ def prepare_launcher(algorithm, dtype, device):
 
 
 def update_kernel(algorithm, used, dtype, state_dtype, warp_size):
-    """What there is to compile: the kernel, the dtypes behind its pointers, its constants, and warps per program."""
+    """What there is to compile: the kernel, arguments like those of a launch, its constants, and warps per program.
+
+    A pointer is given by the dtype behind it.
+    """
     module = importlib.import_module(f".{algorithm}", __package__)
     compute = compute_dtype(dtype)
     block = THREADS * THREAD_BYTES // compute.itemsize
@@ -216,7 +232,8 @@ def update_kernel(algorithm, used, dtype, state_dtype, warp_size):
     tail = THREADS  # no fewer, or several threads would do the same element
     constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
                  CHUNK, block, vector, tail)
-    return multi_tensor_update, (torch.int64, torch.int64, compute), constants, THREADS // warp_size
+    words = scalars_words(algorithm, dtype) * (AN_INT64,)
+    return multi_tensor_update, (torch.int64, torch.int64, compute, words), constants, THREADS // warp_size
 
 
 def prepare_kernel(algorithm, dtype):
@@ -224,6 +241,17 @@ def prepare_kernel(algorithm, dtype):
     module = importlib.import_module(f".{algorithm}", __package__)
     constants = (module.scalars, len(module.HYPERS), len(module.SCALARS))
     return multi_tensor_prepare, (torch.int64, compute_dtype(dtype)), constants, 1
+
+
+def table_columns(algorithm):
+    """How many words a row of the table has."""
+    return 4 + len(importlib.import_module(f".{algorithm}", __package__).SLOTS)
+
+
+def scalars_words(algorithm, dtype):
+    """How many words of 8 bytes a row of scalars takes."""
+    module = importlib.import_module(f".{algorithm}", __package__)
+    return -(-len(module.SCALARS) * compute_dtype(dtype).itemsize // 8)
 
 
 def compute_dtype(dtype):

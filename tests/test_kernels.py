@@ -4,6 +4,7 @@ import decimal
 import importlib
 import itertools
 import re
+import struct
 from collections import Counter
 
 import numpy as np
@@ -100,10 +101,12 @@ class Tensors:
     sizes: numbers of elements
     offsets: in turn, how many elements behind an address divisible by 16 its param, grad and states begin
     special: values from SPECIAL in place of random ones
+    only: the place of the one row of ROWS for all tensors, which then comes with the launch
     """
 
-    def __init__(self, kernel, sizes, offsets=((0, 0, 0, 0, 0),), special=False):
-        self.kernel = kernel
+    def __init__(self, kernel, sizes, offsets=((0, 0, 0, 0, 0),), special=False, only=None):
+        self.kernel, self.only = kernel, only
+        self.rows = ROWS[kernel[0]] if only is None else [ROWS[kernel[0]][only]]
         self.algorithm, self.used, self.dtype, state_dtype = kernel
         self.module = module_of(self.algorithm)
         self.slots = [slot for slot in range(len(self.module.SLOTS)) if self.used >> slot & 1]
@@ -121,7 +124,7 @@ class Tensors:
 
     def row(self, i):
         """Step count and hyper-parameters of tensor i."""
-        return ROWS[self.algorithm][i % len(ROWS[self.algorithm])]
+        return self.rows[i % len(self.rows)]
 
     def tensor(self, size, dtype, offset):
         values = self.random.choice(SPECIAL, size) if self.special else self.random.standard_normal(size)
@@ -151,12 +154,12 @@ class Tensors:
         work, table = [], np.zeros((len(self.tensors), 4 + len(self.module.SLOTS)), np.int64)
         for i, (param, grad, *state) in enumerate(self.tensors):
             work += [i << 32 | first_chunk + chunk for chunk in range(-(-param.numel() // chunk_size))]
-            table[i, :2] = before + param.numel(), i % len(ROWS[self.algorithm])
+            table[i, :2] = before + param.numel(), i % len(self.rows)
             columns = [2, 3, *(4 + slot for slot in self.slots)]
             table[i, columns] = [x.data_ptr() - before * x.element_size() for x in (param, grad, *state)]
         self.random.shuffle(work)
         T = torch.empty(0, dtype=compute_dtype(self.dtype)).numpy().dtype.type
-        named = [reference_np.scalars(self.algorithm, hypers, t, T) for t, hypers in ROWS[self.algorithm]]
+        named = [reference_np.scalars(self.algorithm, hypers, t, T) for t, hypers in self.rows]
         scalars = np.array([[values[name] for name in self.module.SCALARS] for values in named], T)
         return np.array(work, np.int64).tobytes(), table.tobytes(), scalars.tobytes()
 
@@ -167,7 +170,11 @@ class Tensors:
         buffer, addresses = in_one_buffer(arrays)
         gpu.options["ranges"] = [(address, len(part)) for address, part in zip(addresses, arrays, strict=True)]
         gpu.options["ranges"] += itertools.chain(*self.tensors)
-        launcher.launch(len(arrays[0]) // 8, 0, *addresses)
+        words = multi_tensor.scalars_words(self.algorithm, self.dtype) * (0,)
+        if self.only is not None:
+            words = struct.unpack(f"<{len(words)}q", arrays[2].ljust(8 * len(words), b"\0"))
+            addresses[2] = 0
+        launcher.launch(len(arrays[0]) // 8, 0, *addresses, words)
         del buffer
 
     def step_and_compare(self, gpu, **options):
@@ -217,6 +224,12 @@ def test_bits_of_the_reference(hopper, kernel):
 
 
 @pytest.mark.parametrize("kernel", FULL_KERNELS, ids=name_of)
+def test_scalars_that_come_with_the_launch(hopper, kernel):
+    for only in range(len(ROWS[kernel[0]])):
+        Tensors(kernel, [131, 1, CHUNK + 2], only=only).step_and_compare(hopper)
+
+
+@pytest.mark.parametrize("kernel", FULL_KERNELS, ids=name_of)
 def test_bits_of_the_reference_on_sm_80(kernel):
     """Which converts 16-bit types with other instructions."""
     with driver.installed(80, races=True) as ampere:
@@ -243,7 +256,8 @@ def test_tensors_off_alignment_alike_are_accessed_in_vectors(hopper, kernel):
     _, used, dtype, state_dtype = kernel
     hopper.options["counts"] = True
     vector, states, size = 16 // max(dtype.itemsize, state_dtype.itemsize), used.bit_count(), 3 * CHUNK
-    for offsets, alone in ((5 * (1,), vector), (5 * (vector,), 0), (5 * (2 * vector - 1,), vector), ((1, 0, 0, 0, 0), size)):
+    alike = ((5 * (1,), vector), (5 * (vector,), 0), (5 * (2 * vector - 1,), vector))
+    for offsets, alone in (*alike, ((1, 0, 0, 0, 0), size)):
         Tensors(kernel, [size], [offsets]).launch(hopper)
         found, expected = accesses(hopper.launches[-1].machine.instructions), Counter()
         for tensors, itemsize in ((1, dtype.itemsize), (states, state_dtype.itemsize)):
@@ -295,11 +309,12 @@ def test_nothing_is_compiled_twice(hopper, monkeypatch):
 
 def test_launch_passes_what_it_is_given(hopper):
     hopper.execute = False
-    multi_tensor.update_launcher("adam", 3, F32, F32, device=90).launch(7, 0, 8, 24, 40)
+    words = (1, 16, -1, 2**63 - 1, -(2**63), 0)
+    multi_tensor.update_launcher("adam", 3, F32, F32, device=90).launch(7, 0, 8, 24, 40, words)
     multi_tensor.prepare_launcher("adam", F32, device=90).launch(3, 0, 8, 24)
-    for launch, grid, addresses in zip(hopper.launches, (7, 3), ((8, 24, 40), (8, 24)), strict=True):
+    for launch, grid, numbers in zip(hopper.launches, (7, 3), ((8, 24, 40, *words), (8, 24)), strict=True):
         assert launch.grid == (grid, 1, 1)
-        assert [int.from_bytes(x, "little") for x in launch.parameters] == [*addresses, 0, 0]
+        assert [int.from_bytes(x, "little", signed=True) for x in launch.parameters] == [*numbers, 0, 0]
 
 
 # Scalars computed on the device
@@ -488,11 +503,12 @@ def test_prepare_compiles_for_rocm(algorithm, dtype, target):
     assert not re.search(r"llvm\.amdgcn\.(rcp|rsq)|__ocml", asm["llir"])
 
 
-def compiled_for(target, kernel, pointers, constants, warps):
+def compiled_for(target, kernel, arguments, constants, warps):
     """Compile ahead of time for a GPU that is not there."""
     kinds = {torch.int64: "*i64", F32: "*fp32", F64: "*fp64"}
     names = kernel.arg_names
-    signature = dict(zip(names, [*(kinds[x] for x in pointers), *("constexpr" for _ in constants)], strict=True))
-    values = {(len(pointers) + i,): value for i, value in enumerate(constants)}
+    types = [kinds[x] if isinstance(x, torch.dtype) else tuple("i64" for _ in x) for x in arguments]
+    signature = dict(zip(names, [*types, *("constexpr" for _ in constants)], strict=True))
+    values = {(len(arguments) + i,): value for i, value in enumerate(constants)}
     source = triton.compiler.ASTSource(kernel, signature, values, {})
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
