@@ -59,14 +59,17 @@ class Staging:
     def __init__(self, words: int, device: torch.device):
         on_gpu = device.type != "cpu"
         self.words = words
-        with torch.inference_mode(False):  # it will be used outside too
+        with _ThreadMayUseCuda(), torch.inference_mode(False):  # it will be used outside of that too
             self.memory = torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self.address = self.memory.data_ptr()
         self.copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._first = self.memory
 
     def free(self) -> bool:
-        return self.copied is None or bool(self.copied.query())
+        if self.copied is None:
+            return True
+        with _ThreadMayUseCuda():
+            return bool(self.copied.query())
 
     def first(self, words: int) -> torch.Tensor:
         if self._first.numel() != words:
@@ -125,10 +128,9 @@ class Bucket:
     def upload(self, image: int, start: int, stop: int) -> None:
         """Words [start, stop) of the plan's image, on the current stream, through memory no copy reads any more."""
         words = stop - start
-        with _ThreadMayUseCuda():
-            staging = self.staging.popleft() if self.staging and self.staging[0].free() else None
-            if staging is None or staging.words < words:
-                staging = Staging(1 << (words - 1).bit_length(), self.device)
+        staging = self.staging.popleft() if self.staging and self.staging[0].free() else None
+        if staging is None or staging.words < words:
+            staging = Staging(1 << (words - 1).bit_length(), self.device)
         self.staging.append(staging)
         self._copy(staging, image, start, stop)
         if staging.copied is not None:
@@ -140,8 +142,7 @@ class Bucket:
         if self._work is None or self._work_numels != numels:
             self._work, self._work_numels = self.buffer[:table_at].clone(), numels
         if self._for_graph is None or self._for_graph.words < stop - table_at:
-            with _ThreadMayUseCuda():
-                self._for_graph = Staging(stop - table_at, self.device)
+            self._for_graph = Staging(stop - table_at, self.device)
 
     def _numels(self, image: int, table_at: int, hypers_at: int) -> list[int]:
         return (ctypes.c_int64 * (hypers_at - table_at)).from_address(image + 8 * table_at)[:: self.columns]
@@ -160,8 +161,7 @@ class Bucket:
         if staging is None:
             staging, self._for_graph = self._for_graph, None
             if staging is None or staging.words < stop - start:
-                with _ThreadMayUseCuda():
-                    staging = Staging(stop - start, self.device)
+                staging = Staging(stop - start, self.device)
             self._captured[content] = staging
             _held_for_graphs.append((staging, self.buffer, work))
         self._copy(staging, image, start, stop)

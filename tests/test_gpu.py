@@ -608,15 +608,27 @@ def test_events_are_queried_and_memory_is_locked_whatever_another_thread_capture
         nonlocal mode
         pointer._obj.value, mode = mode, pointer._obj.value
 
+    class Event:
+        def query(self):
+            modes.append(mode)
+            return False
+
+        def record(self):
+            pass
+
+    def empty(*args, make=torch.empty, **options):
+        modes.append(mode) if "pin_memory" in options else None
+        return make(*args, **options)
+
     monkeypatch.setattr(backend, "_exchange_capture_mode", lambda: exchange)
-    monkeypatch.setattr(backend.Staging, "free", lambda staging: modes.append(mode) or False)
-    made = backend.Staging.__init__
-    monkeypatch.setattr(backend.Staging, "__init__", lambda *args: modes.append(mode) or made(*args))
-    optimizer, params = stepped(next(row for row in ROWS if row.name == "Adam"), capturable=True)
+    monkeypatch.setattr(torch, "empty", empty)
+    optimizer, params = stepped(next(row for row in ROWS if row.name == "Adam"))
     for _ in range(3):
+        for staging in buckets(optimizer)[0].staging:
+            staging.copied = Event()
         params[0].grad = params[0].grad.clone()
         optimizer.step()
-    assert len(modes) > 4 and set(modes) == {backend.CAPTURE_MODE_RELAXED} and mode == 0
+    assert len(modes) == 1 + 3 + 3 and set(modes) == {backend.CAPTURE_MODE_RELAXED} and mode == 0
 
 
 @capturable_rows
@@ -926,6 +938,30 @@ def run_on_the_stub(body, **environment):
 def test_a_launch_that_fails_says_so():
     """And the step after it counts on from where the one before it was."""
     run_on_the_stub(FAILED_LAUNCH)
+
+
+CAPTURE_MODE = """
+    import ctypes
+    from fastopt import gpu
+
+    def mode(new):
+        found = ctypes.c_int(new)
+        gpu._exchange_capture_mode()(ctypes.byref(found))
+        return found.value
+
+    with gpu._ThreadMayUseCuda():
+        assert mode(gpu.CAPTURE_MODE_RELAXED) == gpu.CAPTURE_MODE_RELAXED
+    assert mode(1) == 0
+    with gpu._ThreadMayUseCuda():
+        pass
+    assert mode(0) == 1
+"""
+
+
+@on_the_stub
+def test_capture_mode_of_the_thread():
+    """As the driver's function has it: 2 meanwhile, and then what it was."""
+    run_on_the_stub(CAPTURE_MODE)
 
 
 @on_the_stub
