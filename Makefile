@@ -15,7 +15,7 @@ CORE_DEPS := $(CORE) $(wildcard csrc/*.h)
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
+.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-long lint native native-arm bench bench-quick bench-gpu gpu bench-compare docs wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -89,6 +89,8 @@ bench-quick: setup  ## the same in a minute
 	$(PY) -m bench.run --quick
 bench-gpu: setup  ## on a machine with a GPU: correctness, then speed
 	$(PY) -m bench.gpu
+gpu:  ## all that a GPU has to say, in nine minutes, with the torch of PYTHON: build/gpu/summary.md; FULL=1 takes longer, DRY=1 needs no GPU
+	$(PYTHON) -m bench.gpu_all $(if $(FULL),--full) $(if $(DRY),--dry)
 bench-compare: setup  ## what got slower from OLD=a.json to NEW=b.json
 	$(PY) -m bench.compare $(OLD) $(NEW)
 

@@ -46,6 +46,7 @@ CHUNK = 4096  # elements per program: what it does once is then a tenth of Adam'
 THREADS = 128  # per program
 THREAD_BYTES = 32  # of the compute type in a thread's registers, for each tensor: 8 fp32 or 4 fp64 numbers
 VECTOR_BYTES = 16  # the widest load and store
+EVICTION = ""  # of what is loaded and stored from the caches: "evict_first", "evict_last"; to be tuned on hardware
 AN_INT64 = 2**62 + 1  # that Triton takes for no narrower integer and no multiple of anything
 
 
@@ -77,24 +78,29 @@ def _scalar(words, i: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _step(param_ptr, grad_ptr, state_ptrs, offsets, mask, h,
-          update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, T: tl.constexpr):
-    param = tl.load(param_ptr + offsets, mask).to(T)
-    grad = tl.load(grad_ptr + offsets, mask).to(T)
+          update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, T: tl.constexpr, EVICTION: tl.constexpr):
+    param = tl.load(param_ptr + offsets, mask, eviction_policy=EVICTION).to(T)
+    grad = tl.load(grad_ptr + offsets, mask, eviction_policy=EVICTION).to(T)
     state = ()
     for slot in tl.static_range(SLOTS):
-        state = state + (tl.load(state_ptrs[slot] + offsets, mask).to(T) if (USED >> slot) & 1 else 0,)
+        if (USED >> slot) & 1:
+            state = state + (tl.load(state_ptrs[slot] + offsets, mask, eviction_policy=EVICTION).to(T),)
+        else:
+            state = state + (0,)
     param, state = update(param, grad, state, h, USED)
-    tl.store(param_ptr + offsets, param.to(param_ptr.dtype.element_ty), mask)
+    tl.store(param_ptr + offsets, param.to(param_ptr.dtype.element_ty), mask, eviction_policy=EVICTION)
     for slot in tl.static_range(SLOTS):
         if (USED >> slot) & 1:
-            tl.store(state_ptrs[slot] + offsets, state[slot].to(state_ptrs[slot].dtype.element_ty), mask)
+            value = state[slot].to(state_ptrs[slot].dtype.element_ty)
+            tl.store(state_ptrs[slot] + offsets, value, mask, eviction_policy=EVICTION)
 
 
 @triton.jit(do_not_specialize=["work", "table", "scalars", "words"])
 def multi_tensor_update(work, table, scalars, words,
                         update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, SCALARS: tl.constexpr,
                         PARAM: tl.constexpr, STATE: tl.constexpr,
-                        CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr):
+                        CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr,
+                        EVICTION: tl.constexpr):
     """One program: one chunk of one tensor, BLOCK elements at a time in vectors of VEC, the rest TAIL at a time."""
     T: tl.constexpr = scalars.dtype.element_ty
     entry = tl.load(work + tl.program_id(0))
@@ -134,7 +140,7 @@ def multi_tensor_update(work, table, scalars, words,
     column = tl.arange(0, VEC)[None, :]
     for start in range(0, vectors, BLOCK // VEC):
         mask = (start + vector >= first) & (start + vector < vectors) & (column >= 0)
-        _step(param_ptr, grad_ptr, state_ptrs, vector * VEC + column, mask, h, update, USED, SLOTS, T)
+        _step(param_ptr, grad_ptr, state_ptrs, vector * VEC + column, mask, h, update, USED, SLOTS, T, EVICTION)
         param_ptr += BLOCK
         grad_ptr += BLOCK
         state_ptrs = [pointer + BLOCK for pointer in state_ptrs]
@@ -147,7 +153,7 @@ def multi_tensor_update(work, table, scalars, words,
         offsets = start + tl.arange(0, TAIL)
         offsets += tl.where(offsets < first * VEC, 0, covered)
         _step(param_ptr, grad_ptr, state_ptrs, offsets, (offsets < numel) & (offsets >= before),
-              h, update, USED, SLOTS, T)
+              h, update, USED, SLOTS, T, EVICTION)
 
 
 @triton.jit
@@ -231,7 +237,7 @@ def update_kernel(algorithm, used, dtype, state_dtype, warp_size):
     vector = VECTOR_BYTES // max(dtype.itemsize, state_dtype.itemsize)
     tail = THREADS  # no fewer, or several threads would do the same element
     constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
-                 CHUNK, block, vector, tail)
+                 CHUNK, block, vector, tail, EVICTION)
     words = scalars_words(algorithm, dtype) * (AN_INT64,)
     return multi_tensor_update, (torch.int64, torch.int64, compute, words), constants, THREADS // warp_size
 

@@ -1001,3 +1001,15 @@ def test_host_benchmark_runs(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [result["tensors"] for result in results] == [148, 291, 1000]
     assert all(result["ratio"]["fused"]["median"] > 1 for result in results)
+
+
+@pytest.mark.slow
+@on_the_stub
+def test_uploads_of_a_large_model(tmp_path):
+    done = python("-m", "bench.gpu_host", "--uploads", "--json", str(tmp_path / "results.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["uploads"]
+    uploaded = {(result["groups"], result["capturable"], result["what"]): result["bytes"] for result in found}
+    assert all(result["tensors"] == 291 and result["copies"] <= 1 for result in found)
+    assert uploaded[1, False, "nothing changes"] == uploaded[1, False, "lr changes"] == 0
+    assert uploaded[2, False, "nothing changes"] == 2 * 12 * 4
