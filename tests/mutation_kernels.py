@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from fastopt.kernels import multi_tensor
 from fastopt.kernels.multi_tensor import CHUNK
 
-from tests.test_kernels import F32, Tensors, in_one_buffer
+from tests.test_kernels import F32, ROWS, Tensors, in_one_buffer
 from tests.tools import driver, ptx
 
 KERNEL = ("adam", 0b011, F32, F32)
@@ -138,6 +138,7 @@ class Checks:
         self.launches = [
             (Tensors(KERNEL, sizes, offsets), 0),
             (Tensors(KERNEL, [64, 61, 70, 67, 132], special=True), 0),
+            *((Tensors(KERNEL, [131, CHUNK], only=only), 0) for only in range(len(ROWS[KERNEL[0]]))),
             (Tensors(KERNEL, [CHUNK + 7, 5]), 2**31 + 3),
         ]
         self.expected = [tensors.expected() for tensors, _ in self.launches]
@@ -171,7 +172,9 @@ class Checks:
             ranges = [(address, len(part)) for address, part in zip(addresses, arrays, strict=True)]
             ranges += [tensor for row in tensors.tensors for tensor in row]
             machine = ptx.Machine(kernel, ranges=ranges, races=True, counts=True, steps=5000)
-            parameters = [address.to_bytes(8, "little") for address in (*addresses, 0, 0)]
+            addresses, words = tensors.with_scalars(addresses, arrays[2])
+            numbers = (*addresses, *words, 0, 0)
+            parameters = [number.to_bytes(8, "little", signed=True) for number in numbers]
             machine.launch((len(arrays[0]) // 8,), parameters, threads=multi_tensor.THREADS)
             tensors.compare(expected)
             widths += Counter({op: n for op, n in machine.instructions.items() if re.match(r"(ld|st)\.global\.v", op)})

@@ -170,12 +170,16 @@ class Tensors:
         buffer, addresses = in_one_buffer(arrays)
         gpu.options["ranges"] = [(address, len(part)) for address, part in zip(addresses, arrays, strict=True)]
         gpu.options["ranges"] += itertools.chain(*self.tensors)
-        words = multi_tensor.scalars_words(self.algorithm, self.dtype) * (0,)
-        if self.only is not None:
-            words = struct.unpack(f"<{len(words)}q", arrays[2].ljust(8 * len(words), b"\0"))
-            addresses[2] = 0
+        addresses, words = self.with_scalars(addresses, arrays[2])
         launcher.launch(len(arrays[0]) // 8, 0, *addresses, words)
         del buffer
+
+    def with_scalars(self, addresses, scalars):
+        """The addresses of a launch, and the words that come with it: of scalars, if they are one row."""
+        words = multi_tensor.scalars_words(self.algorithm, self.dtype)
+        if self.only is None:
+            return addresses, words * (0,)
+        return [*addresses[:2], 0], struct.unpack(f"<{words}q", scalars.ljust(8 * words, b"\0"))
 
     def step_and_compare(self, gpu, **options):
         expected = self.expected()
