@@ -119,7 +119,11 @@ class Bucket:
             self.buffer.record_stream(torch.cuda.current_stream(self.device))
 
     def one_row_of_scalars(self, image: int, scalars_at: int, changed_from: int) -> tuple[int, ...] | None:
-        """If all rows of the table share one: its words, which come with the launch then and need no upload."""
+        """If all rows of the table share one: its words, which come with the launch then and need no upload.
+
+        When their number changes, the plan hands over the whole image: of two scalars or more, more rows take more
+        words.
+        """
         if changed_from < scalars_at:
             last_row = image + 8 * (scalars_at - self.columns)
             self.one_row = ctypes.c_int64.from_address(last_row + 8).value == 0

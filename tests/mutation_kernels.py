@@ -132,7 +132,8 @@ class Checks:
     def __init__(self):
         # each row of hyper-parameters on a whole block and a tail; each tensor off alignment, the one before it on it,
         # and all of them alike
-        sizes = [CHUNK + extra for extra in (3, 2, 1, 130)] + [129, 1, 131, 5, 130, CHUNK - 1, CHUNK + 5, CHUNK + 7, CHUNK]
+        sizes = [CHUNK + extra for extra in (3, 2, 1, 130)] + [129, 1, 131, 5, 130]
+        sizes += [CHUNK + extra for extra in (-1, 5, 7, 0)]
         aligned = (0, 0, 0, 0)
         offsets = 4 * [aligned] + [(1, 0, 0, 0), aligned, (0, 1, 0, 0), aligned, (0, 0, 1, 0), aligned, (0, 0, 0, 1)]
         offsets += [(1, 1, 1, 1), (3, 3, 3, 3)]

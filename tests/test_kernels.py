@@ -296,6 +296,20 @@ def test_other_chunk_sizes(hopper, kernel, monkeypatch):
     Tensors(kernel, [1023, 1024, 1025, 500, 2300]).step_and_compare(hopper)
 
 
+@pytest.mark.parametrize("policy", ["evict_first", "evict_last"])
+def test_eviction_hints_change_no_bits(hopper, policy, monkeypatch):
+    """They are in the code, and no more than hints."""
+    monkeypatch.setattr(multi_tensor, "EVICTION", policy)
+    monkeypatch.setattr(multi_tensor, "update_launcher", multi_tensor.update_launcher.__wrapped__)
+    Tensors(("adam", 0b111, F32, F32), [CHUNK + 5, 3]).step_and_compare(hopper)
+    assert f"L1::{policy}" in hopper.launches[-1].ptx
+
+
+def test_at_least_two_scalars():
+    """fastopt/gpu.py takes the number of words for the number of rows."""
+    assert all(len(module_of(algorithm).SCALARS) > 1 for algorithm in MASKS)
+
+
 def test_nothing_is_compiled_twice(hopper, monkeypatch):
     """Whatever the number, sizes and alignment of tensors, and whatever their scalars are."""
     kernel = ("adam", 0b011, F32, F32)
