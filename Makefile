@@ -9,8 +9,8 @@ OTHER_TRITON ?= 3.7.1
 CXX ?= g++
 PY := $(VENV)/bin/python
 CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -pthread
-CORE := tests/native/core_test.cpp csrc/isa.cpp csrc/isa_avx2.cpp csrc/isa_avx512.cpp
-CORE_DEPS := $(CORE) $(wildcard csrc/*.h)
+CORE := tests/native/core_test.cpp $(wildcard csrc/step/*.cpp)
+CORE_DEPS := $(CORE) $(wildcard csrc/step/*.h)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -28,7 +28,7 @@ $(VENV)/tools: pyproject.toml
 	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja numpy "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 	touch $@
 
-$(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*)
+$(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*/*)
 	FASTOPT_CXXFLAGS="-Wall -Werror=unused -Werror=return-type" $(PY) -m pip install --quiet --no-build-isolation -e ".[demo,test]"
 	touch $@
 

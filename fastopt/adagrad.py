@@ -1,4 +1,4 @@
-"""Adagrad: the class and its state. The update is in csrc/optimizers.h and kernels/adagrad.py."""
+"""Adagrad: the class and its state. The update is in csrc/step/algorithms.h and kernels/adagrad.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adam and AdamW: the classes and their state. The update is in csrc/optimizers.h and kernels/adam.py."""
+"""Adam and AdamW: the classes and their state. The update is in csrc/step/algorithms.h and kernels/adam.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The GPU backend between plan and kernels: uploads what changed of the plan's arrays, and launches.
 
-The plan (csrc/bind.cpp) has checked everything and laid out, for each bucket of rows that one launch serves, the
+The plan has checked everything and laid out, for the rows that one launch serves, an image (csrc/step/image.h): the
 arrays that kernels/multi_tensor.py describes. Imported, and Triton with it, when a GPU tensor is stepped for the first
 time.
 """
@@ -11,11 +11,14 @@ import contextlib
 import ctypes
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .backends import _C
+
+if TYPE_CHECKING:
+    from ._C import Launch, Want
 
 try:
     from .kernels import multi_tensor
@@ -27,10 +30,8 @@ except ModuleNotFoundError as error:
         "(torch's CUDA builds bring it along)"
     ) from error
 
-Want = tuple[int, int, int, int, int, bool, int]
-Launch = tuple[int, int, int, int, int, int, int, int, int]
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of DType in csrc/core.h
+DTYPES = tuple(getattr(torch, name) for name in _C.dtypes)  # by the numbers that the plan has for them
+assert multi_tensor.CHUNK == _C.gpu_chunk
 
 
 # What captured graphs read and write at every replay: a graph may outlive the optimizer that was captured.
@@ -156,15 +157,16 @@ class Gpu:
         """Compiles kernels and makes buffers, before anything is written."""
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(NOT_WARM)
-        for number, index, used, param, state, capturable, words in wants:
-            device = torch.device(_C.gpu_type(), index)
+        for want in wants:
+            device = torch.device(_C.gpu_type(), want.device)
             with _current(device):
-                bucket = self.buckets.get(number)
+                bucket = self.buckets.get(want.image)
                 if bucket is None:
-                    bucket = self.buckets[number] = Bucket(self.algorithm, device, used, param, state, capturable)
-                if bucket.buffer.numel() < words:
-                    bucket.grow(words * 2 if bucket.buffer.numel() else words)
-            self._use_buffers(optimizer, [number])
+                    kernel = want.used, want.param, want.state, want.capturable
+                    bucket = self.buckets[want.image] = Bucket(self.algorithm, device, *kernel)
+                if bucket.buffer.numel() < want.words:
+                    bucket.grow(want.words * 2 if bucket.buffer.numel() else want.words)
+            self._use_buffers(optimizer, [want.image])
 
     def _use_buffers(self, optimizer: Any, numbers: Iterable[int]) -> None:
         """Has the plan hand over the whole images of these buckets at the next step."""
@@ -176,37 +178,27 @@ class Gpu:
         done = 0
         try:
             for launch in launches:
-                self._run(*launch)
+                self._run(launch)
                 done += 1
         except BaseException:  # what the plan takes for counted and uploaded may not be
-            for number, *_ in launches[done:]:
-                _C.take_back(optimizer, number)
+            for launch in launches[done:]:
+                _C.take_back(optimizer, launch.image)
             self._use_buffers(optimizer, self.buckets)
             raise
 
-    def _run(
-        self,
-        number: int,
-        programs: int,
-        table_at: int,
-        scalars_at: int,
-        start: int,
-        stop: int,
-        image: int,
-        rows: int,
-        hypers_at: int,
-    ) -> None:
-        bucket = self.buckets[number]
+    def _run(self, launch: Launch) -> None:
+        image, programs, table_at, scalars_at, changed_from, changed_to, address, prepared, hypers_at = launch
+        bucket = self.buckets[image]
         with _current(bucket.device):
             if self._in_graph:
-                bucket.upload_in_graph(image, scalars_at)
-            elif start < stop:
-                bucket.upload(image, start, stop)
+                bucket.upload_in_graph(address, scalars_at)
+            elif changed_from < changed_to:
+                bucket.upload(address, changed_from, changed_to)
             base = bucket.buffer.data_ptr()
             stream = multi_tensor.driver.active.get_current_stream(bucket.device.index or 0)
             scalars = base + 8 * scalars_at
             if bucket.preparer is not None:
-                bucket.preparer.launch(rows, stream, base + 8 * hypers_at, scalars)
+                bucket.preparer.launch(prepared, stream, base + 8 * hypers_at, scalars)
             if programs:
                 bucket.launcher.launch(programs, stream, base, base + 8 * table_at, scalars)
         self.launches += 1

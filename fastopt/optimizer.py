@@ -2,9 +2,9 @@
 
     param_groups -> plan -> backend -> kernel machinery -> update function
 
-The plan and the CPU machinery are C++ (csrc/bind.cpp says what it answers). Here is what happens around them: hooks,
-closures, making state at a parameter's first step, and torch's own step for whatever is not a plain strided tensor of
-a floating dtype.
+The plan and the CPU machinery are C++ (csrc/plan/answer.h says what a plan answers). Here is what happens around them:
+hooks, closures, making state at a parameter's first step, and torch's own step for whatever is not a plain strided
+tensor of a floating dtype.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 Closure = Callable[[], Any]
 
 if TYPE_CHECKING:
+    from ._C import Answer, Want
+
     _Base = Optimizer
 else:
     _Base = object
@@ -37,7 +39,7 @@ else:
 class FusedStep(_Base):
     """Mixin: ``class Adam(FusedStep, torch.optim.Adam)`` is torch's Adam with a fused step."""
 
-    _update: ClassVar[str]  # the name of the update in csrc/optimizers.h and kernels/
+    _update: ClassVar[str]  # the name of the update in csrc/step/algorithms.h and kernels/
     _takes_sparse: ClassVar[bool] = False
     _plan: Any = None  # made by the extension at the first step; like _gpu, never pickled or copied
     _gpu: Any = None
@@ -184,39 +186,35 @@ class FusedStep(_Base):
                 loss = closure()
         if self._gpu is not None:
             self._gpu.begin(self)
-        rest = _C.step(self)
-        if rest is not None:
-            if type(rest) is tuple and self._gpu is not None and rest[0] != "gpu":
-                self._gpu.run(self, rest)
-            else:
-                self._finish(rest)
+        answer = _C.step(self)
+        if answer:  # DONE is empty
+            self._follow(answer)
         return loss
 
-    @_disable_dynamo
-    def _finish(self, rest: Any) -> None:
-        """What the plan could not do by itself: new state, GPU kernels and buffers, torch's own step for a reason."""
+    def _follow(self, answer: Answer) -> None:
+        """Does what the plan could not: launches, new state, GPU kernels and buffers, torch's own step for a reason."""
         made: list[tuple[Tensor, dict[str, Any] | None]] = []  # parameters and what their state was before
         fresh: list[Tensor] = []  # the same parameters, until the plan writes
         try:
-            while isinstance(rest, list) or (isinstance(rest, tuple) and rest[0] == "gpu"):
-                if isinstance(rest, tuple):
-                    self._prepare_gpu(rest[1:])
+            while isinstance(answer, (_C.Missing, _C.Wants)):
+                if isinstance(answer, _C.Wants):
+                    self._prepare_gpu(answer.wants)
                 elif made:
                     raise RuntimeError("state could not be made for a parameter: its step count must be a number")
                 else:
-                    fresh = list(dict.fromkeys(param for _, param in rest))
+                    fresh = list(dict.fromkeys(param for _, param in answer.params))
                     made = [(param, dict(self.state[param]) if param in self.state else None) for param in fresh]
-                    self._make_state(rest)
-                rest = _C.step(self, fresh)
+                    self._make_state(answer.params)
+                answer = _C.step(self, fresh)
         except BaseException:
             if fresh:
                 self._unmake_state(made)
             raise
-        if isinstance(rest, str):
+        if isinstance(answer, _C.TorchStep):
             self._unmake_state(made)  # torch makes its own
-            self._torch_step(rest)
-        elif rest is not None:
-            self._gpu.run(self, rest)
+            self._torch_step(answer.reason)
+        elif isinstance(answer, _C.Launches):
+            self._gpu.run(self, answer.launches)
 
     def _unmake_state(self, made: list[tuple[Tensor, dict[str, Any] | None]]) -> None:
         for param, before in made:
@@ -226,7 +224,7 @@ class FusedStep(_Base):
                 self.state[param].clear()
                 self.state[param].update(before)
 
-    def _prepare_gpu(self, wants: tuple[Any, ...]) -> None:
+    def _prepare_gpu(self, wants: tuple[Want, ...]) -> None:
         from .gpu import Gpu
 
         if self._gpu is None:

@@ -1,4 +1,4 @@
-"""RMSprop: the class and its state. The update is in csrc/optimizers.h and kernels/rmsprop.py."""
+"""RMSprop: the class and its state. The update is in csrc/step/algorithms.h and kernels/rmsprop.py."""
 
 from __future__ import annotations
 

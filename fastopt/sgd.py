@@ -1,4 +1,4 @@
-"""SGD with momentum: the class and its state. The update is in csrc/optimizers.h and kernels/sgd.py."""
+"""SGD with momentum: the class and its state. The update is in csrc/step/algorithms.h and kernels/sgd.py."""
 
 from __future__ import annotations
 

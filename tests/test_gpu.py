@@ -248,7 +248,7 @@ def test_one_program_for_each_chunk(row, idle_gpu):
     optimizer.step()
     (bucket,) = buckets(optimizer)
     module = importlib.import_module(f"fastopt.kernels.{row.module}")
-    ((_, programs, table_at, scalars_at, *_),) = fastopt._C.step(optimizer)
+    ((_, programs, table_at, scalars_at, *_),) = fastopt._C.step(optimizer).launches
     words = bucket.buffer.tolist()
     table = [words[at : at + 4 + len(module.SLOTS)] for at in range(table_at, scalars_at, 4 + len(module.SLOTS))]
     chunks = [(number, at) for number, p in enumerate(params_of(optimizer)) for at in range(-(-p.numel() // CHUNK))]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,15 +310,13 @@ def test_a_step_that_was_done_keeps_its_state(row, monkeypatch):
     param.grad = torch.ones(7)
     optimizer = row.ours([param], **row.plain)
 
-    class Interrupted:
-        @staticmethod
-        def step(*args):
-            rest = fastopt._C.step(*args)
-            if rest is None:
-                raise KeyboardInterrupt
-            return rest
+    def step(*args):
+        answer = fastopt._C.step(*args)
+        if answer is fastopt._C.DONE:
+            raise KeyboardInterrupt
+        return answer
 
-    monkeypatch.setattr(module, "_C", Interrupted)
+    monkeypatch.setattr(module, "_C", SimpleNamespace(**{**vars(fastopt._C), "step": step}))
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert not torch.equal(param.detach(), torch.ones(7))

@@ -8,8 +8,8 @@
 #include <thread>
 #include <vector>
 
-#include "core.h"
-#include "optimizers.h"
+#include "step/algorithms.h"
+#include "step/isa.h"
 
 using namespace fastopt;
 
@@ -86,7 +86,7 @@ template <class O> static Case make(int index, unsigned used, DType param, DType
   int64_t work = 0;
   for (Sizes s : sizes) {
     Row row = {};
-    row.optimizer = uint8_t(index), row.used = uint8_t(used), row.numel = s.numel;
+    row.algorithm = uint8_t(index), row.used = uint8_t(used), row.numel = s.numel;
     c.tensors.emplace_back();
     c.layouts.push_back({});
     c.dims.emplace_back();
@@ -199,7 +199,7 @@ static void check_divisors() {
 
 int main() {
   check_divisors();
-  check_all(static_cast<Optimizers*>(nullptr));
+  check_all(static_cast<Algorithms*>(nullptr));
   std::printf("hash %016llx\n%d passed, %d failed\n", static_cast<unsigned long long>(all), cases - failures, failures);
   return failures != 0;
 }

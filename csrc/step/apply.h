@@ -8,9 +8,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "core.h"
-#include "halves.h"
-#include "optimizers.h"
+#include "algorithms.h"
+#include "isa.h"
+#include "round.h"
 #if defined(FASTOPT_VECTOR_BYTES)
 #include "simd.h"
 #endif
@@ -87,21 +87,21 @@ template <class S> inline void fetch_ahead(const S* from) {
 }
 
 // Element i and those after it that fill a pair of vectors.
-template <class Optimizer, unsigned used, class P, class S, class H>
+template <class Algorithm, unsigned used, class P, class S, class H>
 inline void update_pair(P* param, const P* grad, S* const* slots, int64_t i, const H& h) {
   Floats p[2], g[2], state[2][max_slots];
   load<split<P, S>>(p[0], p[1], param + i);
   load<split<P, S>>(g[0], g[1], grad + i);
   for (int k = 0; k < max_slots; k++)
     if (used >> k & 1) load<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
-  for (int half : {0, 1}) Optimizer::template update<used>(p[half], g[half], state[half], h);
+  for (int half : {0, 1}) Algorithm::template update<used>(p[half], g[half], state[half], h);
   store<split<P, S>>(p[0], p[1], param + i);
   for (int k = 0; k < max_slots; k++)
     if (used >> k & 1) store<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
 }
 
 // As many of n elements as fill pairs; returns their number.
-template <class Optimizer, unsigned used, class P, class S, class H>
+template <class Algorithm, unsigned used, class P, class S, class H>
 inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n, H h) {
   if constexpr (split<P, S>)  // no NaN with bits that rounding could carry over
     for (float& number : reinterpret_cast<float(&)[sizeof h / sizeof(float)]>(h)) number = number == number ? number : NAN;
@@ -113,15 +113,15 @@ inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n,
       for (int k = 0; k < max_slots; k++)
         if (used >> k & 1) fetch_ahead(slots[k] + i);
     }
-    update_pair<Optimizer, used>(param, grad, slots, i, h);
+    update_pair<Algorithm, used>(param, grad, slots, i, h);
   }
   return i;
 }
 #endif
 
-template <class Optimizer, unsigned used, class T, class P, class S>
+template <class Algorithm, unsigned used, class T, class P, class S>
 void update(void* const* data, int64_t n, const void* scalars) {
-  const auto h = *static_cast<const typename Optimizer::template Scalars<T>*>(scalars);
+  const auto h = *static_cast<const typename Algorithm::template Scalars<T>*>(scalars);
   P* __restrict param = static_cast<P*>(data[0]);
   const P* __restrict grad = static_cast<const P*>(data[1]);
   S* __restrict slot0 = static_cast<S*>(data[2]);
@@ -130,14 +130,14 @@ void update(void* const* data, int64_t n, const void* scalars) {
   int64_t i = 0;
 #if defined(FASTOPT_VECTOR_BYTES)
   S* const slots[] = {slot0, slot1, slot2};
-  if constexpr (std::is_same_v<T, float>) i = update_pairs<Optimizer, used>(param, grad, slots, n, h);
+  if constexpr (std::is_same_v<T, float>) i = update_pairs<Algorithm, used>(param, grad, slots, n, h);
 #endif
   for (; i < n; i++) {
     T p = widen(param[i]), g = widen(grad[i]), state[max_slots] = {};
     if constexpr (used & 1) state[0] = widen(slot0[i]);
     if constexpr (used & 2) state[1] = widen(slot1[i]);
     if constexpr (used & 4) state[2] = widen(slot2[i]);
-    Optimizer::template update<used>(p, g, state, h);
+    Algorithm::template update<used>(p, g, state, h);
     narrow(p, param[i]);
     if constexpr (used & 1) narrow(state[0], slot0[i]);
     if constexpr (used & 2) narrow(state[1], slot1[i]);
@@ -148,22 +148,22 @@ void update(void* const* data, int64_t n, const void* scalars) {
 using Update = void (*)(void* const*, int64_t, const void*);
 struct Updates { Update of[1 << max_slots]; };  // by mask of used slots
 
-template <class Optimizer, unsigned used, class... Types> constexpr Update update_or_null() {
-  constexpr unsigned all = (1u << sizeof(Optimizer::slots) / sizeof(char*)) - 1;
-  if constexpr ((used & ~all) == 0 && (used & Optimizer::required) == Optimizer::required) return &update<Optimizer, used, Types...>;
+template <class Algorithm, unsigned used, class... Types> constexpr Update update_or_null() {
+  constexpr unsigned all = (1u << sizeof(Algorithm::slots) / sizeof(char*)) - 1;
+  if constexpr ((used & ~all) == 0 && (used & Algorithm::required) == Algorithm::required) return &update<Algorithm, used, Types...>;
   else return nullptr;
 }
-template <class Optimizer, class... Types, unsigned... used>
+template <class Algorithm, class... Types, unsigned... used>
 constexpr Updates updates_of(std::integer_sequence<unsigned, used...>) {
-  return {{update_or_null<Optimizer, used, Types...>()...}};
+  return {{update_or_null<Algorithm, used, Types...>()...}};
 }
-template <class T, class P, class S, class... Optimizer>
-Update find_update(const Row& row, std::tuple<Optimizer...>*) {
-  static constexpr Updates updates[] = {updates_of<Optimizer, T, P, S>(std::make_integer_sequence<unsigned, 1 << max_slots>())...};
-  return updates[row.optimizer].of[row.used];
+template <class T, class P, class S, class... Algorithm>
+Update find_update(const Row& row, std::tuple<Algorithm...>*) {
+  static constexpr Updates updates[] = {updates_of<Algorithm, T, P, S>(std::make_integer_sequence<unsigned, 1 << max_slots>())...};
+  return updates[row.algorithm].of[row.used];
 }
 template <class T, class P, class S> Update find_update(const Row& row) {
-  return find_update<T, P, S>(row, static_cast<Optimizers*>(nullptr));
+  return find_update<T, P, S>(row, static_cast<Algorithms*>(nullptr));
 }
 
 // ---- elements [begin, end) of a row

@@ -5,7 +5,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "halves.h"
+#include "round.h"
 
 namespace fastopt {
 namespace {
