@@ -1,4 +1,4 @@
-// Python objects, dicts above all: errors, attributes, look-ups without a search, and whether a dict is as it was.
+// Python objects: errors, names, attributes, and looking keys up in dicts without a search.
 //
 // What runs code of the user's says so: what was borrowed from a container before may be gone after it.
 #pragma once
@@ -50,68 +50,32 @@ inline bool same_key(PyObject* a, PyObject* b) {
   return a == b || (PyUnicode_CheckExact(a) && PyUnicode_CheckExact(b) && PyUnicode_Compare(a, b) == 0);
 }
 
-// Where in a dict a key stands, so that the next step need not search for it. Asking a wrong place is harmless.
-using Place = Py_ssize_t;
-
-inline PyObject* value_at(PyObject* dict, Place place, PyObject* wanted) {
-  PyObject *key, *value;
-  return PyDict_Next(dict, &place, &key, &value) && same_key(key, wanted) ? value : nullptr;
-}
-
-// A number that no other dict has or had and that changes when the dict does, so that nothing in it need be compared; 0 from Python 3.14
-// on, which has none.
-#if PY_VERSION_HEX < 0x030E0000 && !defined(FASTOPT_NO_DICT_VERSIONS)
-constexpr bool dicts_have_versions = true;
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-inline uint64_t version_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
-#pragma GCC diagnostic pop
-#else
-constexpr bool dicts_have_versions = false;
-inline uint64_t version_of(PyObject*) { return 0; }
-#endif
-inline bool has_version(PyObject* dict, uint64_t version) { return dicts_have_versions && version_of(dict) == version; }
-
-// Looks keys up in a dict, and tells their places. Asked in the order in which they stand there, which is the usual case, it takes no
-// search. A search may run code of the user's, if keys of the user's have the hash of ours.
+// Looks keys up in a dict. Asked in the order in which they stand there, which is the usual case, it takes no search. A search may run
+// code of the user's, if keys of the user's have the hash of ours.
 class Reader {
  public:
   explicit Reader(PyObject* dict) : dict(dict) {}
-  PyObject* operator()(PyObject* wanted) { return is_next(wanted) ? value : found(PyDict_GetItemWithError(dict, wanted), wanted); }
+  PyObject* operator()(PyObject* wanted) { return is_next(wanted) ? value : found(PyDict_GetItemWithError(dict, wanted)); }
   // An object as the key whose hash is known and need not be computed; unless `trusted`, it may have another one.
   PyObject* operator()(PyObject* wanted, Py_hash_t hash, bool trusted) {
     if (is_next(wanted)) return value;
-    PyObject* entry = _PyDict_GetItem_KnownHash(dict, wanted, hash);
-    if (!entry && !trusted && !PyErr_Occurred()) entry = PyDict_GetItemWithError(dict, wanted);
-    return found(entry, wanted);
+    PyObject* entry = found(_PyDict_GetItem_KnownHash(dict, wanted, hash));
+    return entry || trusted ? entry : found(PyDict_GetItemWithError(dict, wanted));
   }
-  // Of what was read last.
-  Place place() const { return here; }
 
  private:
   bool is_next(PyObject* wanted) {
-    Place at = next;
+    Py_ssize_t at = next;
     if (!PyDict_Next(dict, &at, &key, &value) || !same_key(key, wanted)) return false;
-    here = next, next = at;
+    next = at;
     return true;
   }
-  PyObject* found(PyObject* entry, PyObject* wanted) {
+  static PyObject* found(PyObject* entry) {
     if (!entry && PyErr_Occurred()) throw python_error();
-    if (!dicts_have_versions && entry) find_place(wanted);
     return entry;
   }
-  // From here on to the end, and then from the beginning: after one key that is out of order, the next ones follow it as a rule.
-  void find_place(PyObject* wanted) {
-    for (Place from : {next, Place(0)}) {
-      Place at = here = from;
-      while (PyDict_Next(dict, &at, &key, &value)) {
-        if (same_key(key, wanted)) return void(next = at);
-        here = at;
-      }
-    }
-  }
   PyObject *dict, *key = nullptr, *value = nullptr;
-  Place next = 0, here = 0;
+  Py_ssize_t next = 0;
 };
 
 }  // namespace fastopt

@@ -39,9 +39,10 @@ bool Walk::compare(PyObject* self) {
   refuse_modes();
   const py::object groups_object = attribute(self, names::param_groups), state_object = attribute(self, names::state);
   PyObject* param_groups = groups_object.ptr();
-  state = state_object.ptr();
-  if (!PyList_Check(param_groups) || PyList_GET_SIZE(param_groups) != Py_ssize_t(seen_groups.size()) || !is_dict(state)) return false;
-  if (dicts_have_versions && !has_version(state, state_version)) return false;
+  if (!PyList_Check(param_groups) || PyList_GET_SIZE(param_groups) != Py_ssize_t(seen_groups.size())) return false;
+  if (state_object.ptr() != state || !is_dict(state) || !has_version(state, state_version)) return false;
+  states_changed = !state_changes_seen || state_changes_seen != state_changes();
+  state_changes_seen = state_changes();
   moved = regrouped = false;
   for (size_t g = 0; g < seen_groups.size(); g++)
     if (!compare_group(PyList_GET_ITEM(param_groups, Py_ssize_t(g)), seen_groups[g])) return false;
@@ -91,7 +92,8 @@ void Walk::read(PyObject* self, PyObject* fresh) {
   PyObject* param_groups = hold(groups_object.ptr());
   state = hold(state_object.ptr());
   if (!PyList_Check(param_groups) || !is_dict(state)) throw Outside{"param_groups is no list or state no dict"};
-  state_version = version_of(state);              // first the version, then what it stands for: here and below
+  state_version = version_of(state, DictOf::state);   // first the version, then what it stands for: here and below
+  state_changes_seen = 0;
   Reader state_reader(state);
   if (fresh && !algorithm.has_step) {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(fresh); i++) fresh_params.push_back(hold(PyList_GET_ITEM(fresh, i)));
@@ -101,47 +103,26 @@ void Walk::read(PyObject* self, PyObject* fresh) {
 }
 
 void Walk::read_group(PyObject* dict, size_t at, Reader& state_reader) {
-  const uint64_t version = is_dict(dict) ? version_of(dict) : 0;
+  const uint64_t version = is_dict(dict) ? version_of(dict, DictOf::group) : 0;
   PyObject* params = is_dict(dict) ? hold(PyDict_GetItemWithError(dict, names::params)) : nullptr;
   if (!params || !PyList_Check(params)) throw Outside{"a param group is no dict or has no list of params"};
   PyObject* differentiable = hold(PyDict_GetItemWithError(dict, names::differentiable));
   if (differentiable && is_true(differentiable)) throw Outside{"differentiable=True"};
   comparable = comparable && options.is_simple(dict);
-  SeenGroup group = {dict, params, version, 0, seen.size(), -1, {}, 0};
+  SeenGroup group = {dict, params, version, 0, seen.size(), -1};
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) read_param(hold(PyList_GET_ITEM(params, i)), {at, size_t(i)}, group, state_reader);
   group.count = Py_ssize_t(seen.size() - group.first);
-  if (comparable) note_items(dict, group);
   seen_groups.push_back(std::move(group));
-}
-
-// Where dicts have no versions: what a simple group holds is kept, so that the same objects are the same numbers.
-void Walk::note_items(PyObject* dict, SeenGroup& group) const {
-  if (dicts_have_versions) return;
-  Reader read(dict);
-  read(names::params);
-  group.params_place = read.place();
-  group.items.clear();
-  auto note = [&](PyObject* name) {
-    PyObject* value = read(name);
-    if (value) group.items.push_back({name, read.place(), py::reinterpret_borrow<py::object>(value)});
-  };
-  for (int k = 0; k < algorithm.keys; k++) note(algorithm.key_names[k]);
-  note(names::capturable), note(names::differentiable);
 }
 
 bool Walk::compare_group(PyObject* dict, SeenGroup& group) {
   if (dict != group.dict || !is_dict(dict)) return false;
   const bool tensors = group.group >= 0 && options[size_t(group.group)].tensors;
-  bool same = !tensors && has_version(dict, group.version);
-  if (!dicts_have_versions && !tensors)
-    same = value_at(dict, group.params_place, names::params) == group.params &&
-           std::all_of(group.items.begin(), group.items.end(), [&](const Item& i) { return value_at(dict, i.place, i.name) == i.value.ptr(); });
-  if (!same) {
+  if (tensors || !has_version(dict, group.version)) {
     if (!options.is_simple(dict)) return false;
-    group.version = version_of(dict), group.params = PyDict_GetItemWithError(dict, names::params);
+    group.version = version_of(dict, DictOf::group), group.params = PyDict_GetItemWithError(dict, names::params);
     if (!group.params || !PyList_Check(group.params)) return PyErr_Clear(), false;
     if (group.group >= 0 && !options.read_again(size_t(group.group), dict)) return false;
-    note_items(dict, group);
     regrouped = true;
   }
   return PyList_GET_SIZE(group.params) == group.count;

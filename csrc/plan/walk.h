@@ -8,6 +8,7 @@
 
 #include "plan/options.h"
 #include "plan/tensors.h"
+#include "plan/versions.h"
 #include "step/image.h"
 #include "step/layout.h"
 #include "step/overlap.h"
@@ -63,21 +64,17 @@ class Walk {
   bool regrouped = false;                         // whether the numbers of some group were read again
 
  private:
-  struct Item { PyObject* name; Place place; py::object value; };
   struct SeenGroup {
     PyObject *dict, *params;
     uint64_t version;                             // of dict
     Py_ssize_t count;                             // of params
     size_t first;                                 // place of the first in `seen`
     int64_t group;                                // place in `options`; -1 if no parameter has a gradient
-    std::vector<Item> items;                      // what was read of dict, where dicts have no versions
-    Place params_place;
   };
   struct SeenParam {
     PyObject *object, *entry, *slots[max_slots], *step;
     PyTypeObject* type;
-    uint64_t entry_version;                       // or, where there are none, the places of all four:
-    int32_t entry_place, slot_places[max_slots], step_place;
+    uint64_t entry_version;
     c10::DispatchKeySet keys, step_keys;
     caffe2::TypeMeta dtype, slot_dtypes[max_slots], step_dtype;
     c10::Device device = at::kCPU;
@@ -103,7 +100,6 @@ class Walk {
   void read(PyObject* self, PyObject* fresh);
   void read_group(PyObject* dict, size_t at, Reader& state);
   bool compare_group(PyObject* dict, SeenGroup& seen);
-  void note_items(PyObject* dict, SeenGroup& seen) const;
 
   void read_param(PyObject* object, Where where, SeenGroup& group, Reader& state);
   void read_entry(PyObject* entry, SeenParam& seen, Found& found, unsigned used);
@@ -120,8 +116,9 @@ class Walk {
 
   const Algorithm& algorithm;
   c10::DeviceType seen_gpu_type = c10::kCUDA;
-  uint64_t state_version = 0;
-  PyObject* state = nullptr;                      // of the step under way
+  PyObject* state = nullptr;                      // the optimizer's, borrowed from it
+  uint64_t state_version = 0, state_changes_seen = 0;
+  bool states_changed = false;                    // whether the dicts of the states must be looked at
   Vec<SeenGroup> seen_groups;
   Vec<SeenParam> seen;
   std::vector<Specs> specs;

@@ -76,7 +76,7 @@ void Walk::read_param(PyObject* object, Where where, SeenGroup& group, Reader& s
     if (!algorithm.has_step && !used) return;
     // Tensor.__hash__ is Python and too slow to call, but known: it is the address.
     PyObject* entry = state_reader(object, reinterpret_cast<Py_hash_t>(object), exact);
-    own.entry = hold(entry), own.entry_place = int32_t(state_reader.place());
+    own.entry = hold(entry);
     f.entry_is_dict = entry && PyDict_Check(entry);
     if (f.entry_is_dict) read_entry(entry, own, f, used);
   } catch (const Outside& outside) {
@@ -85,11 +85,11 @@ void Walk::read_param(PyObject* object, Where where, SeenGroup& group, Reader& s
 }
 
 void Walk::read_entry(PyObject* entry, SeenParam& own, Found& f, unsigned used) {
-  own.entry_version = version_of(entry);
+  own.entry_version = version_of(entry, DictOf::state);
   Reader read(entry);
-  if (algorithm.has_step) own.step = hold(read(names::step)), own.step_place = int32_t(read.place());
+  if (algorithm.has_step) own.step = hold(read(names::step));
   for (int k = 0; k < algorithm.slots; k++)
-    if (used >> k & 1) own.slots[k] = hold(read(algorithm.slot_keys[k])), own.slot_places[k] = int32_t(read.place());
+    if (used >> k & 1) own.slots[k] = hold(read(algorithm.slot_keys[k]));
   f.step = hold(tensor_or_null(own.step));
   for (int k = 0; k < algorithm.slots; k++) {
     PyObject* slot = own.slots[k];
@@ -323,18 +323,14 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own) {
   w.param = param, w.grad = grad;
   if (!read_address(0, param) || !read_address(1, grad)) return false;
   if (own.entry) {
-    PyObject* const entry = own.entry;
-    if (dicts_have_versions ? version_of(entry) != own.entry_version : value_at(state, own.entry_place, object) != entry) return false;
-    auto still = [&](Place place, PyObject* name, PyObject* value) { return dicts_have_versions || value_at(entry, place, name) == value; };
+    if (states_changed && !has_version(own.entry, own.entry_version)) return false;
     for (int k = 0; k < max_slots; k++) {
-      PyObject* value = own.slots[k];
-      if (!value) continue;
-      if (!still(own.slot_places[k], algorithm.slot_keys[k], value)) return false;
-      TensorImpl* slot = w.slots[k] = unpack(value, 2 + k);
+      if (!own.slots[k]) continue;
+      TensorImpl* slot = w.slots[k] = unpack(own.slots[k], 2 + k);
       if (!slot || !is_alike(slot, own.slot_dtypes[k]) || !read_address(2 + k, slot)) return false;
     }
     if (own.step) {
-      if (!still(own.step_place, names::step, own.step) || !is_exact(own.step)) return false;
+      if (!is_exact(own.step)) return false;
       TensorImpl* step = w.step = impl_of(own.step);
       if (step->key_set() != own.step_keys || step->dtype() != own.step_dtype || step->numel() != 1) return false;
       const bool on_host = w.count;
