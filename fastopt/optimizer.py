@@ -149,6 +149,18 @@ class FusedStep(_Base):
                 shapes = f"shape {list(value.shape)}, the parameter {list(param.shape)}"
                 raise ValueError(f"loaded {name!r} of parameter {key} has {shapes}")
 
+    # ---- zeroing
+
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients of all parameters, as torch.optim.Optimizer.zero_grad does.
+
+        Args:
+            set_to_none: drop them instead of filling them with zeros. Default True.
+        """
+        if profiler._is_profiler_enabled or _C.zero_grad(self, set_to_none):
+            super().zero_grad(set_to_none)
+
     # ---- the step
 
     def step(self, closure: Closure | None = None) -> Any:
@@ -210,7 +222,7 @@ class FusedStep(_Base):
             if fresh:
                 self._unmake_state(made)
             raise
-        if isinstance(answer, _C.TorchStep):
+        if isinstance(answer, _C.LeftToTorch):
             self._unmake_state(made)  # torch makes its own
             self._torch_step(answer.reason)
         elif isinstance(answer, _C.Launches):
@@ -277,7 +289,7 @@ _step_with_hooks = Optimizer.profile_hook_step(FusedStep._step)
 _untraced_step = _disable_dynamo(FusedStep.step)  # not step itself: that would cost every step of a small model 1 us
 
 if _C is None:
-    delattr(FusedStep, "step")  # without the extension, torch's own is inherited
+    del FusedStep.step, FusedStep.zero_grad  # without the extension, torch's own are inherited
 
 
 def _step_count(value: float, group: Group, param: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 //   Launches(launches)      done on the CPU; fastopt/gpu.py uploads and launches these
 //   Wants(wants)            kernels or buffers are wanted first (nothing was written; set_buffer, call again)
 //   Missing(params)         these (group, param) want their state made first (nothing was written; call again)
-//   TorchStep(reason)       not for this library: torch's own step shall run (nothing was written)
+//   LeftToTorch(reason)     not for this library: torch's own step, or function, shall run (nothing was written)
 #pragma once
 #include <initializer_list>
 
@@ -44,7 +44,7 @@ struct Answers {
   AnswerType launches{"fastopt._C.Launches", "done on the CPU; these are left for the GPU", {"launches"}};
   AnswerType wants{"fastopt._C.Wants", "kernels or buffers to make before the next call", {"wants"}};
   AnswerType missing{"fastopt._C.Missing", "(group, param) pairs whose state is to be made before the next call", {"params"}};
-  AnswerType torch_step{"fastopt._C.TorchStep", "why torch's own step shall run", {"reason"}};
+  AnswerType left_to_torch{"fastopt._C.LeftToTorch", "why torch's own step, or function, shall run", {"reason"}};
   AnswerType launch{"fastopt._C.Launch", "an image to upload and launch; places and sizes in words of 8 bytes",
                     {"image", "programs", "table_at", "scalars_at", "changed_from", "changed_to", "address", "prepared", "hypers_at"}};
   AnswerType want{"fastopt._C.Want", "an image without a kernel or with too small a buffer",

@@ -1,7 +1,9 @@
 // The module fastopt._C.
 #include <map>
 
+#include "plan/gradients.h"
 #include "plan/plan.h"
+#include "plan/threads.h"
 
 namespace fastopt {
 namespace {
@@ -60,6 +62,25 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&step)), METH_FASTCALL,
                            "step(optimizer, fresh=None): see csrc/plan/answer.h"};
 
+// A function of gradients.h, with the number of its arguments.
+template <PyObject* (*function)(const Answers&, PyObject* const*), Py_ssize_t expected>
+PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != expected) raise(PyExc_TypeError, c10::str("takes ", expected, " arguments"));
+  try {
+    return function(*answers, args);
+  } catch (const Outside& outside) {
+    return answers->left_to_torch({PyUnicode_FromString(outside.reason)}).release().ptr();
+  }
+  END_HANDLE_TH_ERRORS
+}
+template <auto function, Py_ssize_t expected> PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<function, expected>)), METH_FASTCALL, "see csrc/plan/gradients.h"};
+}
+PyMethodDef gradient_methods[] = {method<&clip_grad_norm, 4>("clip_grad_norm_"), method<&total_norm, 3>("total_norm"),
+                                  method<&scale_grads, 2>("scale_grads_"), method<&clip_grad_value, 2>("clip_grad_value_"),
+                                  method<&average, 4>("average_"), method<&zero_grad, 2>("zero_grad"), {}};
+
 const char* set_isa(const std::string& name) {
   const char* before = isa->name;
   std::string known;
@@ -76,7 +97,7 @@ const char* set_isa(const std::string& name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastopt;
   answers = new Answers();
-  for (const AnswerType* type : {&answers->done, &answers->launches, &answers->wants, &answers->missing, &answers->torch_step,
+  for (const AnswerType* type : {&answers->done, &answers->launches, &answers->wants, &answers->missing, &answers->left_to_torch,
                                  &answers->launch, &answers->want}) {
     const py::handle type_object = reinterpret_cast<PyObject*>(type->type);
     m.attr(type_object.attr("__name__")) = type_object;
@@ -87,6 +108,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("torch_version") = FASTOPT_TORCH_VERSION;
   py::object step_function = py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr));
   m.attr("step") = step_function;
+  if (PyModule_AddFunctions(m.ptr(), gradient_methods)) throw py::error_already_set();
   m.def("isas", [] {
     std::vector<std::string> found;
     for (int i = 0; i < isa_count; i++)

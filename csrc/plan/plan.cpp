@@ -26,7 +26,7 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Answers& answers) {
     as_before = comparing && walk.compare(self);
     if (!as_before) in_turn = check(self, fresh);
   } catch (const Outside& outside) {
-    return answers.torch_step({PyUnicode_FromString(outside.reason)});
+    return answers.left_to_torch({PyUnicode_FromString(outside.reason)});
   }
   if (walk.missing) return answers.missing({Py_NewRef(walk.missing)});
   const bool fit = as_before && walk.images.fit();

@@ -2,11 +2,8 @@
 #pragma once
 #include "plan/answer.h"
 #include "plan/walk.h"
-#include "step/isa.h"
 
 namespace fastopt {
-
-inline const Isa* isa = best_isa();               // that runs the rows of all plans
 
 class Plan {
  public:

@@ -8,8 +8,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "algorithms.h"
 #include "isa.h"
+#include "passes.h"
 #include "round.h"
 #if defined(FASTOPT_VECTOR_BYTES)
 #include "simd.h"
@@ -19,6 +19,8 @@ namespace fastopt {
 namespace {
 
 constexpr int64_t block = 512;
+
+template <class Algorithm> constexpr bool reads_grad = !std::is_base_of_v<NoGrad, Algorithm>;
 
 // ---- load and store of n elements, stride apart
 
@@ -91,7 +93,7 @@ template <class Algorithm, unsigned used, class P, class S, class H>
 inline void update_pair(P* param, const P* grad, S* const* slots, int64_t i, const H& h) {
   Floats p[2], g[2], state[2][max_slots];
   load<split<P, S>>(p[0], p[1], param + i);
-  load<split<P, S>>(g[0], g[1], grad + i);
+  if constexpr (reads_grad<Algorithm>) load<split<P, S>>(g[0], g[1], grad + i);
   for (int k = 0; k < max_slots; k++)
     if (used >> k & 1) load<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
   for (int half : {0, 1}) Algorithm::template update<used>(p[half], g[half], state[half], h);
@@ -109,7 +111,7 @@ inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n,
   for (; i + 2 * lanes <= n; i += 2 * lanes) {
     if (i + ahead / int64_t(sizeof(P)) < n) {
       fetch_ahead(param + i);
-      fetch_ahead(grad + i);
+      if constexpr (reads_grad<Algorithm>) fetch_ahead(grad + i);
       for (int k = 0; k < max_slots; k++)
         if (used >> k & 1) fetch_ahead(slots[k] + i);
     }
@@ -133,7 +135,8 @@ void update(void* const* data, int64_t n, const void* scalars) {
   if constexpr (std::is_same_v<T, float>) i = update_pairs<Algorithm, used>(param, grad, slots, n, h);
 #endif
   for (; i < n; i++) {
-    T p = widen(param[i]), g = widen(grad[i]), state[max_slots] = {};
+    T p = widen(param[i]), g = {}, state[max_slots] = {};
+    if constexpr (reads_grad<Algorithm>) g = widen(grad[i]);
     if constexpr (used & 1) state[0] = widen(slot0[i]);
     if constexpr (used & 2) state[1] = widen(slot1[i]);
     if constexpr (used & 4) state[2] = widen(slot2[i]);
@@ -148,9 +151,13 @@ void update(void* const* data, int64_t n, const void* scalars) {
 using Update = void (*)(void* const*, int64_t, const void*);
 struct Updates { Update of[1 << max_slots]; };  // by mask of used slots
 
+// Whether the options of an algorithm can call for these slots; a pass has none.
+template <class Algorithm, class... Of> constexpr bool can_use(unsigned used, std::tuple<Of...>*) {
+  if constexpr ((std::is_same_v<Algorithm, Of> || ...)) return used == 0;
+  else return (used >> sizeof(Algorithm::slots) / sizeof(char*)) == 0 && (used & Algorithm::required) == Algorithm::required;
+}
 template <class Algorithm, unsigned used, class... Types> constexpr Update update_or_null() {
-  constexpr unsigned all = (1u << sizeof(Algorithm::slots) / sizeof(char*)) - 1;
-  if constexpr ((used & ~all) == 0 && (used & Algorithm::required) == Algorithm::required) return &update<Algorithm, used, Types...>;
+  if constexpr (can_use<Algorithm>(used, static_cast<Passes*>(nullptr))) return &update<Algorithm, used, Types...>;
   else return nullptr;
 }
 template <class Algorithm, class... Types, unsigned... used>
@@ -163,7 +170,7 @@ Update find_update(const Row& row, std::tuple<Algorithm...>*) {
   return updates[row.algorithm].of[row.used];
 }
 template <class T, class P, class S> Update find_update(const Row& row) {
-  return find_update<T, P, S>(row, static_cast<Algorithms*>(nullptr));
+  return find_update<T, P, S>(row, static_cast<decltype(std::tuple_cat(Algorithms(), Passes()))*>(nullptr));
 }
 
 // ---- elements [begin, end) of a row
@@ -172,6 +179,7 @@ template <class T, class P, class S> Update find_update(const Row& row) {
 Update find_direct(const Row& row) {
   if (row.layout) return nullptr;
   const DType param = row.dtype[0];
+  if (row.data[1] && row.dtype[1] != param) return nullptr;
   DType state = param;
   for (int k = 2, first = 1; k < max_operands; k++) {
     if (!row.data[k]) continue;
@@ -231,3 +239,5 @@ void apply(const Row& row, int64_t begin, int64_t end) {
 
 }  // namespace
 }  // namespace fastopt
+
+#include "reduce.h"

@@ -28,7 +28,7 @@ struct alignas(16) AnyScalars { char bytes[max_scalars * sizeof(double)]; };
 struct Row {
   void* data[max_operands];      // param, grad, state slots; null where the slot is not used
   DType dtype[max_operands];
-  uint8_t algorithm;             // position in Algorithms
+  uint8_t algorithm;             // position in Algorithms, or behind them in Passes
   uint8_t used;                  // bit mask of the state slots in use
   int64_t numel;
   const void* scalars;           // Scalars<T> of the algorithm; T is double for an fp64 parameter, else float
@@ -36,14 +36,16 @@ struct Row {
 };
 
 // Work is measured in elements, a row counting row_cost more: ends[r] is the work up to and including row r. The same
-// function cuts a row for the thread that ends there and the one that begins there, on a cache line.
+// function cuts a row for the thread that ends there and the one that begins there, at a multiple of some elements.
 constexpr int64_t row_cost = 32;
-constexpr int64_t line = 64;
+constexpr int64_t line = 64;                 // elements: at least a cache line
+constexpr int64_t tile = 4096;               // elements of which a reading pass leaves one number
 
-inline int64_t cut(const Row& row, int64_t work) {
-  int64_t element = (work - row_cost) / line * line;
+inline int64_t cut(const Row& row, int64_t work, int64_t multiple) {
+  int64_t element = (work - row_cost) / multiple * multiple;
   return element < 0 ? 0 : element < row.numel ? element : row.numel;
 }
+constexpr int64_t tiles_of(const Row& row) { return (row.numel + tile - 1) / tile; }
 
 // Fetches the beginning of a row: where rows are short, the processor would see too late that there is another.
 inline void prefetch(const Row& row) {
