@@ -16,6 +16,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/rsub.h>
+#include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/COWDeleter.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -125,7 +126,7 @@ struct Names {
   Names() {
     auto intern = [](const char* s) { return PyUnicode_InternFromString(s); };
     param_groups = intern("param_groups"), state = intern("state"), params = intern("params"), step = intern("step");
-    differentiable = intern("differentiable"), capturable = intern("capturable"), plan = intern("_plan");
+    differentiable = intern("differentiable"), capturable = intern("capturable"), plan = intern("_fastopt_plan");
     local_tensor = intern("_local_tensor"), spec = intern("_spec"), mesh = intern("mesh"), placements = intern("placements");
     for (size_t o = 0; o < optimizers.size(); o++) {
       for (int k = 0; k < optimizers[o].keys; k++) keys[o][k] = intern(optimizers[o].key[k].name);
@@ -373,6 +374,7 @@ class Plan {
     size_t row, extents;                          // places in the batch of its device and in `extents`
   };
 
+  void ask_class(PyObject* self);
   void check(PyObject* self, PyObject* fresh);
   bool recheck(PyObject* self);
   void fetch(const SeenParam& seen) const;
@@ -412,6 +414,9 @@ class Plan {
   Vec<Bucket> buckets;
   bool busy = false;                              // a step is under way, perhaps without the GIL
   bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
+  PyTypeObject* type = nullptr;                   // of the optimizer, when its class was asked
+  unsigned type_version = 0;                      // which changes when the class or a base of it does; 0 is none
+  py::object torchs_step_because;                 // what it said: a str or None
 
   // What the last check concluded, in the order of its walk, and what it saw.
   bool comparable = false;                        // whether what it saw is all that its conclusions depend on
@@ -809,6 +814,18 @@ void refuse_modes() {
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) throw Outside{"a torch.func transform is active"};
 }
 
+// A class that replaces a part of torch's step, or adds to it, is not for this library.
+void Plan::ask_class(PyObject* self) {
+  if (Py_TYPE(self) != type || type->tp_version_tag != type_version || !type_version) {
+    torchs_step_because = py::handle(self).attr("_fastopt").attr("torchs_step_because")(py::handle(self));
+    type = Py_TYPE(self), type_version = type->tp_version_tag;
+  }
+  if (torchs_step_because.is_none()) return;
+  const char* reason = PyUnicode_AsUTF8(torchs_step_because.ptr());
+  if (!reason) throw python_error();
+  throw Outside{reason};
+}
+
 void Plan::check(PyObject* self, PyObject* fresh) {
   checks++;
   clear();
@@ -1088,6 +1105,7 @@ PyObject* Plan::step(PyObject* self, PyObject* fresh) {
   kept = false;                                     // until this step is done
   bool as_before = false, in_turn = false;
   try {
+    ask_class(self);
     as_before = comparing && recheck(self);
     if (!as_before) {
       check(self, fresh);
@@ -1316,11 +1334,11 @@ Plan* plan_of(PyObject* self) {
   py::object found = attribute(self, names->plan);          // the optimizer holds it
   if (Py_TYPE(found.ptr()) != plan_type) {
     py::handle optimizer = self;
-    const int update = find_optimizer(py::cast<std::string>(optimizer.attr("_update")));
+    const int update = find_optimizer(py::cast<std::string>(optimizer.attr("_fastopt").attr("update")));
     found = py::reinterpret_steal<py::object>(plan_type->tp_alloc(plan_type, 0));
     if (!found) throw python_error();
     reinterpret_cast<PlanObject*>(found.ptr())->plan = new Plan(update);
-    optimizer.attr("_plan") = found;
+    optimizer.attr("_fastopt_plan") = found;
   }
   return reinterpret_cast<PlanObject*>(found.ptr())->plan;
 }
@@ -1331,6 +1349,11 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return plan_of(args[0])->step(args[0], count == 2 ? args[1] : nullptr);
   END_HANDLE_TH_ERRORS
 }
+
+// Whether a profiler or an observer of torch wants to know of a range of the user's.
+PyObject* watched(PyObject*, PyObject*) { return PyBool_FromLong(at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value()); }
+
+PyMethodDef watched_method = {"watched", &watched, METH_NOARGS, "watched(): whether torch is being profiled or observed"};
 PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&step)), METH_FASTCALL,
                            "step(optimizer, fresh=None): see csrc/bind.cpp"};
 
@@ -1345,6 +1368,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("torch_version") = FASTOPT_TORCH_VERSION;
   py::object step_function = py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr));
   m.attr("step") = step_function;
+  m.attr("watched") = py::reinterpret_steal<py::object>(PyCFunction_New(&watched_method, nullptr));
   m.def("isas", [] {
     std::vector<std::string> found;
     for (int i = 0; i < isa_count; i++)
