@@ -122,7 +122,7 @@ const auto optimizers = describe_all(static_cast<Optimizers*>(nullptr));
 struct Names {
   PyObject *param_groups, *state, *params, *differentiable, *capturable, *step, *plan, *local_tensor, *spec, *mesh, *placements;
   PyObject *keys[optimizers.size()][max_keys], *slots[optimizers.size()][max_slots];
-  PyObject *torch_function, *disabled_torch_function, *grad, *tensor_grad;
+  PyObject *torch_function, *disabled_torch_function, *grad, *tensor_grad, *keys_of_mapping;
   Names() {
     auto intern = [](const char* s) { return PyUnicode_InternFromString(s); };
     param_groups = intern("param_groups"), state = intern("state"), params = intern("params"), step = intern("step");
@@ -132,7 +132,7 @@ struct Names {
       for (int k = 0; k < optimizers[o].keys; k++) keys[o][k] = intern(optimizers[o].key[k].name);
       for (int k = 0; k < optimizers[o].slots; k++) slots[o][k] = intern(optimizers[o].slot_names[k]);
     }
-    torch_function = intern("__torch_function__"), grad = intern("grad");
+    torch_function = intern("__torch_function__"), grad = intern("grad"), keys_of_mapping = intern("keys");
     tensor_grad = py::object(py::module_::import("torch").attr("Tensor").attr("grad")).release().ptr();
     disabled_torch_function = py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl")).release().ptr();
   }
@@ -362,6 +362,8 @@ class Plan {
     Py_ssize_t count;                             // of params
     size_t first;                                 // place of the first in `seen_params`
     int64_t group;                                // place in `groups`; -1 if no parameter has a gradient
+    bool capturable;
+    const char* outside;                          // why its numbers could not be read here, or null
   };
   struct SeenParam {
     PyObject *object, *entry, *slots[max_slots], *step;
@@ -383,7 +385,8 @@ class Plan {
   template <class F> void share_params(size_t count, F f) const;
   bool recheck_param(PyObject* object, const SeenParam& seen);
   Group read_group(PyObject* dict, size_t at, bool capturable);
-  void check_param(PyObject* object, PyObject* group_dict, Where where, bool capturable, bool& group_read, Reader& state);
+  void check_group(PyObject* dict, size_t at);
+  void check_param(PyObject* object, PyObject* group_dict, Where where, Reader& state);
   at::TensorImpl* check_slot(PyObject* value, const at::TensorImpl* param, DType param_dtype, const py::object& placement,
                              const char* name, Where where, DType& dtype);
   void add_missing(PyObject* group_dict, PyObject* param);
@@ -472,6 +475,21 @@ int64_t device_number(at::TensorImpl* t) {
   return reinterpret_cast<int64_t>(address_of(t, itemsize(dtype), false)) + (dtype == DType::f32);
 }
 
+// What Python's `one, other = pair` gives: of a tuple, a list of a configuration file, an array, a tensor of two numbers.
+std::array<py::object, 2> two_of(const py::object& pair, const char* key, size_t at) {
+  if (PyTuple_CheckExact(pair.ptr()) && PyTuple_GET_SIZE(pair.ptr()) == 2)
+    return {py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(pair.ptr(), 0)), py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(pair.ptr(), 1))};
+  auto shown = [&] { return py::cast<std::string>(py::repr(pair)); };
+  const auto iterator = py::reinterpret_steal<py::object>(PyObject_GetIter(pair.ptr()));
+  if (!iterator) PyErr_Clear(), raise(PyExc_TypeError, c10::str(key, " of param group ", at, " must be two numbers, not ", shown()));
+  std::array<py::object, 3> found;                 // the third should not be there
+  for (py::object& one : found)
+    if (!(one = py::reinterpret_steal<py::object>(PyIter_Next(iterator.ptr())))) break;
+  if (PyErr_Occurred()) throw python_error();
+  if (!found[1] || found[2]) raise(PyExc_ValueError, c10::str(key, " of param group ", at, " must be two numbers, not ", shown()));
+  return {found[0], found[1]};
+}
+
 // The numbers behind the keys of a group. A tensor makes all of them Values, whose arithmetic is torch's; but of a tensor on the GPU in
 // a capturable group, only the address is taken.
 Plan::Group Plan::read_group(PyObject* dict, size_t at, bool capturable) {
@@ -508,18 +526,17 @@ Plan::Group Plan::read_group(PyObject* dict, size_t at, bool capturable) {
     n++;
   };
   for (int k = 0; k < optimizer.keys; k++) {
-    PyObject* item = PyDict_GetItemWithError(dict, names->keys[index][k]);
+    // Held: reading it may run code of Python's, which may take it out of the group.
+    const auto item = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(dict, names->keys[index][k]));
     const auto [key, kind] = optimizer.key[k];
     if (!item) raise(PyExc_KeyError, c10::str(key, ": missing in param group ", at));
     if (kind == truth) {
-      read[n] = group.numbers[n] = is_true(item);
+      read[n] = group.numbers[n] = is_true(item.ptr());
       n++;
     } else if (kind == number) {
-      put(item, key);
+      put(item.ptr(), key);
     } else {
-      const bool is_pair = (PyTuple_Check(item) || PyList_Check(item)) && PySequence_Fast_GET_SIZE(item) == 2;
-      if (!is_pair) raise(PyExc_ValueError, c10::str(key, " of param group ", at, " must be a tuple of two numbers, not ", py::cast<std::string>(py::repr(item))));
-      for (Py_ssize_t i = 0; i < 2; i++) put(PySequence_Fast_GET_ITEM(item, i), key);
+      for (const py::object& one : two_of(item, key, at)) put(one.ptr(), key);
     }
   }
   group.used = optimizer.used(group.numbers);
@@ -636,7 +653,7 @@ C10_ALWAYS_INLINE Plan::Extent Plan::extent_of(const at::TensorImpl* t, const vo
   return {begin, begin + uintptr_t(reach * itemsize), written};
 }
 
-void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool capturable, bool& group_read, Reader& state) {
+void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, Reader& state) {
   const bool exact = is_exact(object);
   if (!exact && !THPVariable_Check(object)) raise(PyExc_TypeError, c10::str("optimizer can only optimize Tensors, but ", where, " is ", Py_TYPE(object)->tp_name));
   const at::Tensor& grad_tensor = THPVariable_Unpack(object).unsafeGetTensorImpl()->grad();
@@ -657,6 +674,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   }
 
   DType dtype;
+  const bool capturable = seen_groups[where.group].capturable;
   const c10::Device device = param->device();
   const bool on_gpu = device.type() == gpu_type;
   if (!on_gpu && device.type() != at::kCPU) throw Outside{"a parameter is on a device other than CPU and GPU"};
@@ -674,19 +692,16 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
   bool all_alike = is_alike(grad);                // until one is found that is not
   if (!all_alike) check_grad(grad, param, dtype, where);
 
-  if (!group_read) {
-    seen_groups.back().group = int64_t(groups.size());
-    groups.push_back(read_group(group_dict, where.group, capturable));
-    group_read = true;
-  }
-  Group& group = groups.back();
+  if (const char* outside = seen_groups[where.group].outside) throw Outside{outside};
+  const auto group_at = uint32_t(seen_groups[where.group].group);
+  const Group& group = groups[group_at];
   Batch& batch = on_gpu ? gpu : cpu;
   Row& row = batch.rows.emplace_back();           // if it stays unfinished, nothing will be written
   Written& w = batch.written.emplace_back();
   seen.has_grad = true, seen.keys = param->key_set(), seen.dtype = param->dtype(), seen.device = device, seen.on_gpu = on_gpu;
   seen.row = batch.rows.size() - 1, seen.extents = extents.size();
   row.optimizer = uint8_t(index), row.used = uint8_t(group.used), row.numel = param->numel();
-  w.param = param, w.grad = grad, w.group = uint32_t(groups.size() - 1);
+  w.param = param, w.grad = grad, w.group = group_at;
   at::TensorImpl* operands[max_operands] = {param, grad};
   row.dtype[0] = row.dtype[1] = dtype;
   const int64_t size = itemsize(dtype);
@@ -695,8 +710,9 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, bool
 
   if (optimizer.has_step || group.used) {
     PyObject* entry = state.of_tensor(object);
-    if (!entry || (PyDict_Check(entry) && PyDict_GET_SIZE(entry) == 0)) return add_missing(group_dict, object);
-    if (!PyDict_Check(entry)) raise(PyExc_TypeError, c10::str("state of ", where, " must be a dict, not ", Py_TYPE(entry)->tp_name));
+    if (!entry || (is_dict(entry) && PyDict_GET_SIZE(entry) == 0)) return add_missing(group_dict, object);
+    if (!is_dict(entry) && PyObject_HasAttr(entry, names->keys_of_mapping)) throw Outside{"state of a parameter is a mapping, but no dict"};
+    if (!is_dict(entry)) raise(PyExc_TypeError, c10::str("state of ", where, " must be a dict, not ", Py_TYPE(entry)->tp_name));
     seen.entry = entry, seen.entry_version = version_of(entry);
     Reader read(entry);
     PyObject* step = seen.step = optimizer.has_step ? read(names->step) : nullptr;
@@ -826,6 +842,33 @@ void Plan::ask_class(PyObject* self) {
   throw Outside{reason};
 }
 
+void Plan::check_group(PyObject* dict, size_t at) {
+  const uint64_t version = is_dict(dict) ? version_of(dict) : 0;
+  PyObject* params = is_dict(dict) ? PyDict_GetItemWithError(dict, names->params) : nullptr;
+  if (!params || !PyList_Check(params)) throw Outside{"a param group is no dict or has no list of params"};
+  const auto held = py::reinterpret_borrow<py::object>(params);
+  auto is_set = [&](PyObject* name) {
+    const auto flag = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(dict, name));
+    return flag && is_true(flag.ptr());
+  };
+  if (is_set(names->differentiable)) throw Outside{"differentiable=True"};
+  comparable = comparable && is_simple_group(dict, optimizer, names->keys[index]);
+  SeenGroup seen = {dict, params, version, PyList_GET_SIZE(params), 0, -1, is_set(names->capturable), nullptr};
+  bool has_grad = false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params) && !has_grad; i++) {
+    PyObject* param = PyList_GET_ITEM(params, i);
+    has_grad = (is_exact(param) || THPVariable_Check(param)) && THPVariable_Unpack(param).unsafeGetTensorImpl()->grad().defined();
+  }
+  if (has_grad) try {
+    const Group group = read_group(dict, at, seen.capturable);
+    seen.group = int64_t(groups.size());
+    groups.push_back(group);
+  } catch (const Outside& outside) {
+    seen.outside = outside.reason;
+  }
+  seen_groups.push_back(seen);
+}
+
 void Plan::check(PyObject* self, PyObject* fresh) {
   checks++;
   clear();
@@ -841,21 +884,20 @@ void Plan::check(PyObject* self, PyObject* fresh) {
     for (py::handle param : py::reinterpret_borrow<py::object>(fresh)) fresh_params.push_back(param.ptr());
     std::sort(fresh_params.begin(), fresh_params.end());
   }
+  // First all groups, whose values may run code of Python's to be read; then the parameters, of which it can take nothing away any more.
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); g++)
+    check_group(py::reinterpret_borrow<py::object>(PyList_GET_ITEM(param_groups, g)).ptr(), size_t(g));
+  auto is_same = [](PyObject* dict, const SeenGroup& seen) {
+    return dict == seen.dict && PyDict_GetItemWithError(dict, names->params) == seen.params && PyList_GET_SIZE(seen.params) == seen.count;
+  };
   const char* reason = nullptr;
-  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); g++) {
-    PyObject* dict = PyList_GET_ITEM(param_groups, g);
-    const uint64_t version = is_dict(dict) ? version_of(dict) : 0;
-    PyObject* params = is_dict(dict) ? PyDict_GetItemWithError(dict, names->params) : nullptr;
-    if (!params || !PyList_Check(params)) throw Outside{"a param group is no dict or has no list of params"};
-    PyObject* differentiable = PyDict_GetItemWithError(dict, names->differentiable);
-    PyObject* capturable = PyDict_GetItemWithError(dict, names->capturable);
-    if (differentiable && is_true(differentiable)) throw Outside{"differentiable=True"};
-    const bool is_capturable = capturable && is_true(capturable);
-    comparable = comparable && is_simple_group(dict, optimizer, names->keys[index]);
-    seen_groups.push_back({dict, params, version, PyList_GET_SIZE(params), seen_params.size(), -1});
-    bool group_read = false;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) try {
-      check_param(PyList_GET_ITEM(params, i), dict, {size_t(g), size_t(i)}, is_capturable, group_read, read_state);
+  for (size_t g = 0; g < seen_groups.size(); g++) {
+    SeenGroup& seen = seen_groups[g];
+    PyObject* dict = g < size_t(PyList_GET_SIZE(param_groups)) ? PyList_GET_ITEM(param_groups, Py_ssize_t(g)) : nullptr;
+    if (!dict || !is_same(dict, seen)) raise(PyExc_RuntimeError, "param_groups changed while its values were read");
+    seen.first = seen_params.size();
+    for (Py_ssize_t i = 0; i < seen.count; i++) try {
+      check_param(PyList_GET_ITEM(seen.params, i), dict, {g, size_t(i)}, read_state);
     } catch (const Outside& outside) {                // the others are checked all the same: torch's step would stop half-way
       if (!reason) reason = outside.reason;
     }

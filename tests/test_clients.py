@@ -3,10 +3,14 @@
 They patch `step`, write subclasses, give options from a config, keep state in mappings of their own.
 """
 
+import collections
+import copy
+import fractions
 import functools
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -436,3 +440,204 @@ def test_step_that_supports_amp_scaling(row, step, said):
 
     found = of_both(row, scenario)
     assert len(found[-1]["seen"]) == (3 if step == "its own" else 0)
+
+
+# ---- options from a config
+
+
+class ListConfig(collections.abc.Sequence):
+    """As omegaconf's: no list and no tuple."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __getitem__(self, at):
+        return self.values[at]
+
+    def __len__(self):
+        return len(self.values)
+
+
+PAIRS = {
+    "list": list,
+    "ListConfig": ListConfig,
+    "array": np.array,
+    "float32 array": lambda pair: np.array(pair, np.float32),
+    "tensor": torch.tensor,
+    "tensors of one element": lambda pair: [torch.tensor([number]) for number in pair],
+    "keys of a dict": lambda pair: dict.fromkeys(pair),
+    "deque": collections.deque,
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("row", [row for row in ROWS if "betas" in row.axes], ids=lambda row: row.name)
+def test_betas_of_any_kind(row, kind):
+    """In a group given to the constructor, set later, added, loaded; of numbers that float32 holds."""
+
+    def scenario(cls):
+        make = PAIRS[kind]
+        optimizer = cls([{"params": two_params(), "betas": make((0.5, 0.75))}], foreach=False, **row.plain)
+        snapshots = train(optimizer)
+        optimizer.add_param_group({"params": two_params(), "betas": make((0.75, 0.25))})
+        snapshots += train(optimizer)
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer.param_groups[1]["betas"] = make((0.25, 0.5))
+        snapshots += train(optimizer)
+        optimizer.load_state_dict(saved)
+        return snapshots + train(optimizer)
+
+    if kind == "float32 array":  # torch computes 1 - beta**t in float32 then, which holds it for a while
+        assert np.float32(1) - np.float32(0.75) ** 4 == 1 - 0.75**4
+    before = torch_steps(row.ours)
+    of_both(row, scenario)
+    assert torch_steps(row.ours) == before
+
+
+NUMBERS = {
+    "int": lambda number: int(number * 64) or 1,
+    "bool": bool,
+    "numpy's double": np.float64,
+    "array": np.array,
+    "array of one element": lambda number: np.array([number]),
+    "int array": lambda number: np.array(1),
+    "tensor": torch.tensor,
+    "float64 tensor": lambda number: torch.tensor(number, dtype=torch.float64),
+    "Fraction": fractions.Fraction,
+    "str": str,
+    "None": lambda number: None,
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+@every_row
+def test_numbers_of_any_kind(row, kind):
+    """Whatever torch's step takes for a hyper-parameter, with its result; strings and None are refused."""
+    options = {"lr": 0.125, "momentum": 0.5, "dampening": 0.25, "alpha": 0.75, "eps": 0.5, "lr_decay": 0.25}
+    options |= {"weight_decay": 0.25}
+    names = [name for name in options if name in row.defaults()]
+    assert len(names) >= 3
+    taken = []
+    for name in names:
+
+        def scenario(cls, name=name):
+            optimizer = cls(two_params(), foreach=False, **row.plain)
+            snapshots = train(optimizer, 1)
+            optimizer.param_groups[0][name] = NUMBERS[kind](options[name])
+            return snapshots + train(optimizer)
+
+        try:
+            torch.manual_seed(0)
+            scenario(row.theirs)
+        except (TypeError, ValueError, RuntimeError):
+            if kind in ("str", "None"):
+                with pytest.raises(TypeError, match=f"{name} of param group 0 must be a number"):
+                    scenario(row.ours)
+            continue
+        of_both(row, scenario)
+        taken.append(name)
+    assert taken or kind in ("array of one element", "Fraction", "str", "None")
+
+
+class Meddling:
+    """A pair or a number that does something when it is read."""
+
+    def __init__(self, optimizer, meddle):
+        self.optimizer, self.meddle = optimizer, meddle
+
+    def __iter__(self):
+        self.meddle(self.optimizer)
+        return iter((0.5, 0.75))
+
+    def __float__(self):
+        return next(iter(self))
+
+    def __bool__(self):
+        return next(iter(self)) > 1
+
+
+def drop_gradients(optimizer):
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = None
+
+
+def replace_gradients(optimizer):
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.full(param.shape, 2.0)
+
+
+def step_within(optimizer):
+    key = next(key for key, value in optimizer.param_groups[-1].items() if isinstance(value, Meddling))
+    meddling = optimizer.param_groups[-1][key]
+    optimizer.param_groups[-1][key] = {"betas": (0.5, 0.75), "maximize": False}.get(key, 0.5)
+    optimizer.step()
+    optimizer.param_groups[-1][key] = meddling
+
+
+def clear_groups(optimizer):
+    optimizer.param_groups.clear()
+
+
+MEDDLERS = (
+    drop_gradients, replace_gradients, step_within,
+    lambda optimizer: optimizer.state.clear(),
+    lambda optimizer: optimizer.param_groups[-1].pop("lr"),
+    lambda optimizer: optimizer.param_groups[-1].clear(),
+    lambda optimizer: optimizer.param_groups[0]["params"].clear(),
+    lambda optimizer: optimizer.param_groups[0].update(params=two_params()),
+    clear_groups,
+    lambda optimizer: optimizer.param_groups.append({**optimizer.param_groups[0], "params": two_params()}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(MEDDLERS)))
+@every_row
+def test_a_value_that_changes_the_optimizer_when_it_is_read(row, number):
+    """Nothing that was looked at is used after it is gone: the step is done or refused."""
+    said = []
+    for key in ("betas", "lr", "maximize", "weight_decay"):
+        if key not in row.defaults():
+            continue
+        for steps in (0, 1):
+            optimizer = row.ours([{"params": two_params()} for _ in range(3)], **row.plain)
+            train(optimizer, steps)
+            replace_gradients(optimizer)
+            optimizer.param_groups[-1][key] = Meddling(optimizer, MEDDLERS[number])
+            try:
+                optimizer.step()
+            except (RuntimeError, KeyError) as error:
+                said.append(str(error))
+    assert MEDDLERS[number] is not clear_groups or any(
+        "param_groups changed while its values were read" in error for error in said
+    )
+
+
+# ---- state in mappings of its own
+
+
+class Loud(dict):
+    """A dict that is read by a method of its own."""
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        return value * 2 if key != "step" else value
+
+
+@pytest.mark.parametrize("kind", [collections.UserDict, collections.OrderedDict, Loud], ids=lambda kind: kind.__name__)
+@every_row
+def test_state_entry_that_is_a_mapping(row, kind):
+    """With state in it, and empty at the first step."""
+
+    def scenario(cls):
+        optimizer = cls(two_params(), foreach=False, **row.plain)
+        snapshots = train(optimizer, 1)
+        for empty in (False, True):
+            for param in optimizer.param_groups[0]["params"][:1]:
+                optimizer.state[param] = kind({} if empty else optimizer.state[param])
+            if not (empty and row.name == "Adagrad"):  # whose state is made by its constructor
+                snapshots += train(optimizer)
+        return snapshots
+
+    of_both(row, scenario)
