@@ -9,6 +9,7 @@ import fractions
 import functools
 import json
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -641,3 +642,145 @@ def test_state_entry_that_is_a_mapping(row, kind):
         return snapshots
 
     of_both(row, scenario)
+
+
+# ---- patterns of public programs
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def fit(optimizer, model, steps=3):
+    values = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        values.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    return values
+
+
+def clipping_class_made_at_run_time(cls, options):
+    """detectron2's, with its super(type(self), self)."""
+
+    def step(self, closure=None):
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 0.1)
+        super(type(self), self).step(closure)
+
+    model = small_model()
+    return fit(type(cls.__name__ + "WithGradientClip", (cls,), {"step": step})(model.parameters(), **options), model)
+
+
+def trust_ratios(cls, options):
+    """apex's LARC: takes the weight decay out of the groups for its step and puts it back."""
+    model = small_model()
+    optimizer = cls(model.parameters(), **options)
+
+    class Larc:
+        zero_grad = optimizer.zero_grad
+
+        def step(self):
+            (group,) = optimizer.param_groups
+            decay, group["weight_decay"] = group["weight_decay"], 0
+            for param in group["params"]:
+                ratio = 0.02 * param.detach().norm() / (param.grad.norm() + param.detach().norm() * decay + 1e-8)
+                param.grad.data += decay * param.data
+                param.grad.data *= min(ratio / group["lr"], 1)
+            optimizer.step()
+            group["weight_decay"] = decay
+
+    return fit(Larc(), model)
+
+
+def actor_and_critic(cls, options):
+    """CleanRL's SAC: three optimizers, gradients of one loss in another's parameters, a target network."""
+    critic, actor, log_alpha = small_model(), small_model(), torch.zeros(1, requires_grad=True)
+    target = copy.deepcopy(critic)
+    optimizers = [cls(params, **options) for params in (critic.parameters(), actor.parameters(), [log_alpha])]
+    values = []
+    for _ in range(4):
+        x = torch.randn(8, 6)
+        losses = (
+            lambda x: (critic(x) - target(x).detach() + 1).square().mean(),
+            lambda x: (log_alpha.exp().item() * actor(x) - critic(x)).mean(),
+            lambda x: (-log_alpha.exp() * (actor(x).detach() + 0.3)).mean(),
+        )
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            loss(x).backward()
+            optimizer.step()
+        for param, slow in zip(critic.parameters(), target.parameters(), strict=True):
+            slow.data.copy_(0.1 * param.data + 0.9 * slow.data)
+        values += [nn.utils.parameters_to_vector(net.parameters()).detach() for net in (critic, actor)]
+    return [*values, log_alpha.detach()]
+
+
+def layer_that_grows(cls, options):
+    """Its state is padded and moved to the new parameter; other groups are deleted and added."""
+    model = small_model()
+    optimizer = cls([{"params": [param]} for param in model.parameters()], **options)
+    values = fit(optimizer, model)
+
+    def grown(tensor, dim):
+        shape = list(tensor.shape)
+        shape[dim] = 2
+        return torch.cat([tensor.detach(), torch.zeros(shape)], dim)
+
+    old, model[0].weight = model[0].weight, nn.Parameter(grown(model[0].weight, 0))
+    state = optimizer.state.pop(old)
+    optimizer.state[model[0].weight] = {k: v if v is None or not v.dim() else grown(v, 0) for k, v in state.items()}
+    optimizer.param_groups[0]["params"] = [model[0].weight]
+    model[0].bias, model[2].weight = (nn.Parameter(grown(p, -1)) for p in (model[0].bias, model[2].weight))
+    del optimizer.param_groups[1:3]
+    optimizer.add_param_group({"params": [model[0].bias, model[2].weight], "lr": 0.01})
+    return values + fit(optimizer, model)
+
+
+def one_for_each_parameter(cls, options):
+    """torch.distributed.optim's, which steps inside backward."""
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    model = small_model()
+    _apply_optimizer_in_backward(cls, model.parameters(), options)
+    values = []
+    for _ in range(3):
+        model(torch.randn(4, 6)).square().mean().backward()
+        values.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    return values
+
+
+PROGRAMS = (
+    clipping_class_made_at_run_time, trust_ratios, actor_and_critic, layer_that_grows, one_for_each_parameter,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+@every_row
+def test_pattern_of_public_programs(row, program):
+    before = torch_steps(row.ours)
+    of_both(row, lambda cls: [*program(cls, {**row.plain, "foreach": False})])
+    assert torch_steps(row.ours) == before
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name != "Adagrad"], ids=lambda row: row.name)
+def test_functional_map_of_torch_distributed(row, monkeypatch):
+    """Which looks the exact class up: with the registration of docs/faq.md."""
+    from torch.distributed.optim import utils
+
+    monkeypatch.setattr(utils, "functional_optim_map", dict(utils.functional_optim_map))
+    with pytest.raises(ValueError, match="does not have a functional counterpart"):
+        utils.as_functional_optim(row.ours, lr=0.1)
+    utils.register_functional_optim(row.ours, utils.functional_optim_map[row.theirs])
+
+    def scenario(cls):
+        functional = utils.as_functional_optim(cls, lr=0.1)
+        params = two_params()
+        functional.param_group = {"params": params}
+        for _ in range(3):
+            functional.step([torch.randn(param.shape) for param in params])
+        return [param.detach() for param in params]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        of_both(row, scenario)
