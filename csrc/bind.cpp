@@ -693,6 +693,7 @@ void Plan::check_param(PyObject* object, PyObject* group_dict, Where where, Read
   if (!all_alike) check_grad(grad, param, dtype, where);
 
   if (const char* outside = seen_groups[where.group].outside) throw Outside{outside};
+  if (seen_groups[where.group].group < 0) raise(PyExc_RuntimeError, "param_groups changed while its values were read");   // it had no gradient
   const auto group_at = uint32_t(seen_groups[where.group].group);
   const Group& group = groups[group_at];
   Batch& batch = on_gpu ? gpu : cpu;
@@ -1371,9 +1372,9 @@ PyTypeObject* make_plan_type() {
   return reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
 }
 
-// The optimizer's own plan, made at its first step.
-Plan* plan_of(PyObject* self) {
-  py::object found = attribute(self, names->plan);          // the optimizer holds it
+// The optimizer's own plan, made at its first step. The optimizer holds it too, but code of Python's that a step runs may take it away.
+py::object plan_of(PyObject* self) {
+  py::object found = attribute(self, names->plan);
   if (Py_TYPE(found.ptr()) != plan_type) {
     py::handle optimizer = self;
     const int update = find_optimizer(py::cast<std::string>(optimizer.attr("_fastopt").attr("update")));
@@ -1382,13 +1383,15 @@ Plan* plan_of(PyObject* self) {
     reinterpret_cast<PlanObject*>(found.ptr())->plan = new Plan(update);
     optimizer.attr("_fastopt_plan") = found;
   }
-  return reinterpret_cast<PlanObject*>(found.ptr())->plan;
+  return found;
 }
+Plan& in(const py::object& plan) { return *reinterpret_cast<PlanObject*>(plan.ptr())->plan; }
 
 PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count < 1 || count > 2) raise(PyExc_TypeError, "step(optimizer, fresh=None)");
-  return plan_of(args[0])->step(args[0], count == 2 ? args[1] : nullptr);
+  const py::object plan = plan_of(args[0]);
+  return in(plan).step(args[0], count == 2 ? args[1] : nullptr);
   END_HANDLE_TH_ERRORS
 }
 
@@ -1431,9 +1434,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gpu_type", [] { return c10::DeviceTypeName(gpu_type, true); });
   m.def("set_gpu_type", [](const std::string& type) { gpu_type = c10::Device(type).type(); });
   m.def("set_buffer", [](py::object optimizer, size_t bucket, int64_t words, int64_t address) {
-    plan_of(optimizer.ptr())->set_buffer(bucket, words, address);
+    in(plan_of(optimizer.ptr())).set_buffer(bucket, words, address);
   });
-  m.def("take_back", [](py::object optimizer, size_t bucket) { plan_of(optimizer.ptr())->take_back(bucket); });
+  m.def("take_back", [](py::object optimizer, size_t bucket) { in(plan_of(optimizer.ptr())).take_back(bucket); });
   m.def("counters", [] { return std::map<std::string, int64_t>{{"allocations", allocations}, {"checks", checks}}; });
   m.def("optimizers", [] {
     std::map<std::string, std::vector<std::string>> slots;

@@ -28,7 +28,7 @@ Closure = Callable[[], Any]
 Class = TypeVar("Class", bound=Optimizer)
 _KEPT = (torch.float32, torch.bfloat16, torch.float16)  # what the arithmetic for every parameter holds
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
-# What torch's step calls of its object; the second name is that of torch before 2.12.
+# What torch's step calls of its object; the last is an older torch's name of the one before.
 _PARTS_OF_STEP = ("_init_group", "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 if TYPE_CHECKING:

@@ -577,12 +577,21 @@ def step_within(optimizer):
     optimizer.param_groups[-1][key] = meddling
 
 
+def give_gradients_to_others(optimizer):
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = None if param.grad is not None else torch.ones(param.shape)
+
+
+def forget_the_plan(optimizer):
+    optimizer._step_supports_amp_scaling = False
+
+
 def clear_groups(optimizer):
     optimizer.param_groups.clear()
 
 
 MEDDLERS = (
-    drop_gradients, replace_gradients, step_within,
+    drop_gradients, replace_gradients, step_within, give_gradients_to_others, forget_the_plan,
     lambda optimizer: optimizer.state.clear(),
     lambda optimizer: optimizer.param_groups[-1].pop("lr"),
     lambda optimizer: optimizer.param_groups[-1].clear(),
@@ -605,6 +614,9 @@ def test_a_value_that_changes_the_optimizer_when_it_is_read(row, number):
             optimizer = row.ours([{"params": two_params()} for _ in range(3)], **row.plain)
             train(optimizer, steps)
             replace_gradients(optimizer)
+            if MEDDLERS[number] is give_gradients_to_others:
+                drop_gradients(optimizer)
+                optimizer.param_groups[-1]["params"][0].grad = torch.ones(5)
             optimizer.param_groups[-1][key] = Meddling(optimizer, MEDDLERS[number])
             try:
                 optimizer.step()

@@ -93,7 +93,8 @@ def test_demo(script, tmp_path, colours):
     picture = tmp_path / "out" / "demo.png"
     assert "picture: out/demo.png" in text.replace(os.sep, "/")
     optimizers = [colours.COLOURS[name] for name in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")]
-    assert_drawn(picture, colours.TORCH, colours.TORCH_FUSED, colours.FASTOPT, *optimizers, least=500)  # as high as slow
+    bars = colours.TORCH, colours.TORCH_FUSED, colours.FASTOPT  # how high they are is a matter of speed
+    assert_drawn(picture, *bars, *optimizers, least=500)
 
 
 def test_scalars(script, functions, tmp_path, colours):
