@@ -15,7 +15,7 @@ CORE_DEPS := $(CORE) $(wildcard csrc/step/*.h)
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
+.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-sqrt test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,9 @@ pytest-triton: setup $(if $(TRITON),$(VENV)/triton-$(OTHER_TRITON)/triton)  ## t
 
 $(VENV)/triton-$(OTHER_TRITON)/triton: $(VENV)/tools
 	$(PY) -m pip install --quiet --no-deps --target $(VENV)/triton-$(OTHER_TRITON) triton==$(OTHER_TRITON)
+
+test-sqrt: setup  ## the Python tests with a torch whose square root is exact, and with one that is off by a unit in the last place
+	for kind in exact off; do FASTOPT_TEST_SQRT=$$kind PYTHONPATH=$(CURDIR)/tests/tools/torch_sqrt $(PY) -m pytest || exit 1; done
 
 test-long: setup  ## the slow tests: wheel and sdist, distributed, frameworks, memory
 	$(PY) -m pytest -m slow

@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ def clip_grad_norm_(
     answer = _C.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
     if type(answer) is Tensor:
         return answer
-    return left_to_torch(_torch_clip_grad_norm, answer, parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    arguments = parameters, max_norm, norm_type, error_if_nonfinite, foreach
+    return cast(Tensor, left_to_torch(_torch_clip_grad_norm, answer, *arguments))
 
 
 def get_total_norm(
@@ -98,7 +99,7 @@ def get_total_norm(
     answer = _C.total_norm(tensors, norm_type, error_if_nonfinite)
     if type(answer) is Tensor:
         return answer
-    return left_to_torch(_torch_get_total_norm, answer, tensors, norm_type, error_if_nonfinite, foreach)
+    return cast(Tensor, left_to_torch(_torch_get_total_norm, answer, tensors, norm_type, error_if_nonfinite, foreach))
 
 
 def clip_grads_with_norm_(
@@ -150,7 +151,8 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     tensor([ 0.5000, -1.0000])
     """
     if is_dynamo_compiling() or _C is None:
-        return _torch_clip_grad_value(parameters, clip_value, foreach)
+        _torch_clip_grad_value(parameters, clip_value, foreach)
+        return
     if type(parameters) is not list and not isinstance(parameters, Tensor):
         parameters = list(parameters)
     answer = _C.clip_grad_value_(parameters, clip_value)

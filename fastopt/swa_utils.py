@@ -24,6 +24,7 @@ from torch.optim import swa_utils as torch_swa_utils
 from .backends import _C, count_left_to_torch, left_to_torch
 
 __all__ = list(torch_swa_utils.__all__)
+_torch: Any = torch_swa_utils  # which has no types
 TorchUpdate = Callable[[list[Tensor], list[Tensor], Tensor | int], None]
 
 
@@ -64,7 +65,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> TorchUpdate:
     >>> average
     tensor([0.2500])
     """
-    return _Update(torch_swa_utils.get_ema_multi_avg_fn(decay), lambda num_averaged: 1 - decay)
+    return _Update(_torch.get_ema_multi_avg_fn(decay), lambda num_averaged: 1 - decay)
 
 
 def get_swa_multi_avg_fn() -> TorchUpdate:
@@ -81,14 +82,14 @@ def get_swa_multi_avg_fn() -> TorchUpdate:
     >>> average
     tensor([0.2500])
     """
-    return _Update(torch_swa_utils.get_swa_multi_avg_fn(), lambda num_averaged: 1 / (num_averaged + 1))
+    return _Update(_torch.get_swa_multi_avg_fn(), lambda num_averaged: 1 / (num_averaged + 1))
 
 
 class AveragedModel(torch_swa_utils.AveragedModel):
     """A copy of a model whose parameters are running averages of the model's.
 
-    torch.optim.swa_utils.AveragedModel with an ``update_parameters`` that makes one pass over all parameters. Everything
-    else, the state_dict included, is torch's.
+    torch.optim.swa_utils.AveragedModel with an ``update_parameters`` that makes one pass over all parameters. All else,
+    the state_dict included, is torch's.
 
     Args:
         model: the model to average.
@@ -122,7 +123,7 @@ class AveragedModel(torch_swa_utils.AveragedModel):
 
 
 # What AveragedModel does on CPU unless told otherwise; other bits than get_swa_multi_avg_fn.
-_MEAN = _Update(torch_swa_utils.get_swa_multi_avg_fn(), lambda num_averaged: num_averaged + 1, is_count=True)
+_MEAN = _Update(_torch.get_swa_multi_avg_fn(), lambda num_averaged: num_averaged + 1, is_count=True)
 
 
 @torch.no_grad()
@@ -130,7 +131,8 @@ def _updated(update: _Update, averaged: AveragedModel, model: Module) -> bool:
     """Updates all averages; or none, and torch's own code shall do it."""
     if is_dynamo_compiling() or _C is None:
         return False
-    averages, values = list(averaged.module.parameters()), list(model.parameters())
+    averages: list[Tensor] = list(averaged.module.parameters())
+    values: list[Tensor] = list(model.parameters())
     own_buffers, buffers = list(averaged.module.buffers()), list(model.buffers())
     rest: list[tuple[Tensor, Tensor]] = []  # buffers that are no floating numbers
     if averaged.use_buffers:

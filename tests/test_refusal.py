@@ -4,6 +4,7 @@ What torch.optim refuses is refused, with its type of error; what it accepts doe
 """
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -360,8 +361,11 @@ def test_hyper_parameters_of_another_kind(row):
     kept = dict(group)
     for key, value, error, message in (
         ("lr", [0.1, 0.9], TypeError, "lr of param group 0 must be a number, not list"),
-        ("betas", 0.9, ValueError, "betas of param group 0 must be a tuple of two numbers, not 0.9"),
-        ("betas", (0.9, 0.9, 0.9), ValueError, r"must be a tuple of two numbers, not \(0.9, 0.9, 0.9\)"),
+        ("betas", 0.9, TypeError, "betas of param group 0 must be two numbers, not 0.9"),
+        ("betas", (0.9, 0.9, 0.9), ValueError, r"must be two numbers, not \(0.9, 0.9, 0.9\)"),
+        ("betas", [0.9], ValueError, r"must be two numbers, not \[0.9\]"),
+        ("betas", itertools.count(), ValueError, r"must be two numbers, not count\(3\)"),
+        ("betas", "ab", TypeError, "betas of param group 0 must be a number, not str"),
     ):
         if key in group:
             group[key] = value

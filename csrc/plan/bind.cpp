@@ -1,4 +1,6 @@
 // The module fastopt._C.
+#include <ATen/record_function.h>
+
 #include <map>
 
 #include "plan/gradients.h"
@@ -42,7 +44,7 @@ PyTypeObject* make_plan_type() {
 py::object plan_of(PyObject* self) {
   py::object found = attribute(self, names::plan);
   if (Py_TYPE(found.ptr()) != plan_type) {
-    const Algorithm& algorithm = find_algorithm(py::cast<std::string>(attribute(self, names::update)));
+    const Algorithm& algorithm = find_algorithm(py::cast<std::string>(attribute(attribute(self, names::fastopt).ptr(), names::update)));
     found = py::reinterpret_steal<py::object>(plan_type->tp_alloc(plan_type, 0));
     if (!found) throw python_error();
     reinterpret_cast<PlanObject*>(found.ptr())->plan = new Plan(algorithm);
@@ -81,6 +83,10 @@ PyMethodDef gradient_methods[] = {method<&clip_grad_norm, 4>("clip_grad_norm_"),
                                   method<&scale_grads, 2>("scale_grads_"), method<&clip_grad_value, 2>("clip_grad_value_"),
                                   method<&average, 4>("average_"), method<&zero_grad, 2>("zero_grad"), {}};
 
+// Whether a profiler or an observer of torch wants to know of a range of the user's.
+PyObject* watched(PyObject*, PyObject*) { return PyBool_FromLong(at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value()); }
+PyMethodDef watched_method = {"watched", &watched, METH_NOARGS, "watched(): whether torch is being profiled or observed"};
+
 const char* set_isa(const std::string& name) {
   const char* before = isa->name;
   std::string known;
@@ -108,6 +114,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("torch_version") = FASTOPT_TORCH_VERSION;
   py::object step_function = py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr));
   m.attr("step") = step_function;
+  m.attr("watched") = py::reinterpret_steal<py::object>(PyCFunction_New(&watched_method, nullptr));
   if (PyModule_AddFunctions(m.ptr(), gradient_methods)) throw py::error_already_set();
   m.def("isas", [] {
     std::vector<std::string> found;

@@ -33,6 +33,21 @@ int64_t device_number(const TensorImpl* t) {
   return reinterpret_cast<int64_t>(address_of(t, itemsize(dtype), false)) + (dtype == DType::f32);
 }
 
+// What Python's `one, other = pair` gives: of a tuple, a list of a configuration file, an array, a tensor of two numbers.
+std::array<py::object, 2> two_of(const py::object& pair, const char* key, size_t at) {
+  if (PyTuple_CheckExact(pair.ptr()) && PyTuple_GET_SIZE(pair.ptr()) == 2)
+    return {py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(pair.ptr(), 0)), py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(pair.ptr(), 1))};
+  auto shown = [&] { return py::cast<std::string>(py::repr(pair)); };
+  const auto iterator = py::reinterpret_steal<py::object>(PyObject_GetIter(pair.ptr()));
+  if (!iterator) PyErr_Clear(), raise(PyExc_TypeError, c10::str(key, " of param group ", at, " must be two numbers, not ", shown()));
+  std::array<py::object, 3> found;                   // the third should not be there
+  for (py::object& one : found)
+    if (!(one = py::reinterpret_steal<py::object>(PyIter_Next(iterator.ptr())))) break;
+  if (PyErr_Occurred()) throw python_error();
+  if (!found[1] || found[2]) raise(PyExc_ValueError, c10::str(key, " of param group ", at, " must be two numbers, not ", shown()));
+  return {found[0], found[1]};
+}
+
 }  // namespace
 
 const std::array<Algorithm, algorithm_count>& algorithms() {
@@ -87,11 +102,7 @@ void Options::read(PyObject* dict, size_t at, Group& group, Hypers& hypers, Numb
     } else if (kind == number) {
       take(item.ptr(), key);
     } else {
-      const bool is_pair = (PyTuple_Check(item.ptr()) || PyList_Check(item.ptr())) && PySequence_Fast_GET_SIZE(item.ptr()) == 2;
-      if (!is_pair) raise(PyExc_ValueError, c10::str(key, " of param group ", at, " must be a tuple of two numbers, not ", py::cast<std::string>(py::repr(item))));
-      const auto tuple = py::reinterpret_steal<py::object>(PySequence_Tuple(item.ptr()));
-      if (!tuple) throw python_error();
-      for (Py_ssize_t i = 0; i < 2; i++) take(PyTuple_GET_ITEM(tuple.ptr(), i), key);
+      for (const py::object& one : two_of(item, key, at)) take(one.ptr(), key);
     }
   }
   group.used = algorithm.used(hypers.numbers);

@@ -23,6 +23,7 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Answers& answers) {
   kept = false;                                   // until this step is done
   bool as_before = false, in_turn = false;
   try {
+    ask_class(self);
     as_before = comparing && walk.compare(self);
     if (!as_before) in_turn = check(self, fresh);
   } catch (const Outside& outside) {
@@ -39,6 +40,18 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Answers& answers) {
   if (!walk.gpu.rows.empty()) fill_images(fit), count_steps(walk.gpu, as_before);
   kept = walk.comparable && !in_turn;
   return walk.gpu.rows.empty() ? py::reinterpret_borrow<py::object>(answers.DONE) : launches(answers);
+}
+
+// A class that replaces a part of torch's step, or adds to it, is not for this library.
+void Plan::ask_class(PyObject* self) {
+  if (Py_TYPE(self) != type || type->tp_version_tag != type_version || !type_version) {
+    torchs_step_because = attribute(attribute(self, names::fastopt).ptr(), names::torchs_step_because)(py::handle(self));
+    type = Py_TYPE(self), type_version = type->tp_version_tag;
+  }
+  if (torchs_step_because.is_none()) return;
+  const char* reason = PyUnicode_AsUTF8(torchs_step_because.ptr());
+  if (!reason) throw python_error();
+  throw Outside{reason};
 }
 
 // Everything anew. Whether the rows must be stepped in turn, since parameters share memory.

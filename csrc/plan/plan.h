@@ -16,6 +16,7 @@ class Plan {
   void take_back(size_t image);
 
  private:
+  void ask_class(PyObject* self);
   bool check(PyObject* self, PyObject* fresh);
   void count_repeated_steps();
   void count_steps(const Batch& batch, bool as_before);
@@ -28,6 +29,9 @@ class Plan {
   const Algorithm& algorithm;
   Walk walk;
   Vec<int64_t> ends;                              // of the CPU rows: work up to and including each
+  PyTypeObject* type = nullptr;                   // of the optimizer, when its class was asked
+  unsigned type_version = 0;                      // which changes when the class or a base of it does; 0 is none
+  py::object torchs_step_because;                 // what it said: a str or None
   bool busy = false;                              // a step is under way, perhaps without the GIL
   bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
   bool kept = false;                              // whether what the walk saw is there to be compared

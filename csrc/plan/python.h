@@ -22,7 +22,8 @@ inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(
 namespace names {
 inline PyObject *const param_groups = interned("param_groups"), *const params = interned("params"), *const state = interned("state"),
                 *const step = interned("step"), *const capturable = interned("capturable"), *const differentiable = interned("differentiable"),
-                *const plan = interned("_plan"), *const update = interned("_update"), *const grad = interned("grad"),
+                *const plan = interned("_fastopt_plan"), *const fastopt = interned("_fastopt"), *const update = interned("update"),
+                *const torchs_step_because = interned("torchs_step_because"), *const keys = interned("keys"), *const grad = interned("grad"),
                 *const torch_function = interned("__torch_function__"), *const mesh = interned("mesh"), *const placements = interned("placements");
 }
 

@@ -77,7 +77,8 @@ void Walk::read_param(PyObject* object, Where where, SeenGroup& group, Reader& s
     // Tensor.__hash__ is Python and too slow to call, but known: it is the address.
     PyObject* entry = state_reader(object, reinterpret_cast<Py_hash_t>(object), exact);
     own.entry = hold(entry);
-    f.entry_is_dict = entry && PyDict_Check(entry);
+    f.entry_is_dict = entry && is_dict(entry);
+    if (entry && !f.entry_is_dict && PyObject_HasAttr(entry, names::keys)) throw Outside{"state of a parameter is a mapping, but no dict"};
     if (f.entry_is_dict) read_entry(entry, own, f, used);
   } catch (const Outside& outside) {
     f.outside = outside.reason;
