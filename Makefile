@@ -9,8 +9,8 @@ OTHER_TRITON ?= 3.7.1
 CXX ?= g++
 PY := $(VENV)/bin/python
 CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wall -Wextra -Werror -pthread
-CORE := tests/native/core_test.cpp $(wildcard csrc/step/*.cpp)
-CORE_DEPS := $(CORE) $(wildcard csrc/step/*.h)
+CORE := $(wildcard tests/native/*.cpp csrc/step/*.cpp)
+CORE_DEPS := $(CORE) $(wildcard tests/native/*.h csrc/step/*.h)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -70,8 +70,8 @@ lint: setup  ## ruff and mypy
 
 native: build/core-plain.passed build/core-asan.passed build/core-tsan.passed  ## the C++ core alone: plain, ASan + UBSan, TSan
 build/core-plain: FLAGS := -O3
-build/core-asan: FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
-build/core-tsan: FLAGS := -O1 -g -fsanitize=thread
+build/core-asan: FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DSTRIDE=1009
+build/core-tsan: FLAGS := -O1 -g -fsanitize=thread -DSTRIDE=4093
 build/core-%: $(CORE_DEPS)
 	@mkdir -p build
 	$(CXX) $(CORE_FLAGS) $(FLAGS) $(CORE) -o $@
@@ -79,7 +79,7 @@ build/%.passed: build/%
 	./$< | tee $@.log && mv $@.log $@
 
 native-arm: build/core-plain.passed  ## the core cross-compiled for AArch64, under qemu: the same hash (g++-aarch64-linux-gnu, qemu-user)
-	aarch64-linux-gnu-g++ $(CORE_FLAGS) -O3 -static $(CORE) -o build/core-arm
+	aarch64-linux-gnu-g++ $(CORE_FLAGS) -O3 -DSTRIDE=1009 -static $(CORE) -o build/core-arm
 	qemu-aarch64 build/core-arm > build/core-arm.log
 	cat build/core-arm.log
 	test "$$(grep hash build/core-arm.log)" = "$$(grep hash $<)"
