@@ -58,9 +58,9 @@ const std::array<Algorithm, algorithm_count>& algorithms() {
 // A tensor makes all of a group's numbers Values, whose arithmetic is torch's; but of a tensor on the GPU in a capturable group, only the
 // address is taken.
 void Options::read(PyObject* dict, size_t at, Group& group, Hypers& hypers, Numbers& own) {
-  PyObject* const is_capturable = PyDict_GetItemWithError(dict, names::capturable);
+  const py::object is_capturable = item_of(dict, names::capturable);
   group = {}, hypers = {}, own = {};
-  group.device = -1, group.capturable = is_capturable && is_true(is_capturable);
+  group.device = -1, group.capturable = is_capturable && is_true(is_capturable.ptr());
   Value read[max_numbers];
   int n = 0;
   bool on_host = false;
@@ -93,7 +93,7 @@ void Options::read(PyObject* dict, size_t at, Group& group, Hypers& hypers, Numb
     n++;
   };
   for (int k = 0; k < algorithm.keys; k++) {
-    const auto item = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(dict, algorithm.key_names[k]));
+    const py::object item = item_of(dict, algorithm.key_names[k]);
     const auto [key, kind] = algorithm.key[k];
     if (!item) raise(PyExc_KeyError, c10::str(key, ": missing in param group ", at));
     if (kind == truth) {
@@ -139,10 +139,11 @@ bool Options::read_again(size_t place, PyObject* dict) {
 }
 
 bool Options::is_simple(PyObject* dict) const {
+  if (!has_plain_keys(dict)) return false;
   auto is_number = [](PyObject* item) { return PyFloat_CheckExact(item) || PyLong_CheckExact(item) || PyBool_Check(item) || item == Py_None; };
   for (int k = 0; k < algorithm.keys; k++) {
     PyObject* item = PyDict_GetItemWithError(dict, algorithm.key_names[k]);
-    if (!item) return PyErr_Clear(), false;
+    if (!item) return false;
     auto is_simple_one = [&](PyObject* one) { return is_number(one) || (algorithm.key[k].kind != truth && (PyFloat_Check(one) || is_exact(one))); };
     const bool is_pair = algorithm.key[k].kind == pair && PyTuple_CheckExact(item) && PyTuple_GET_SIZE(item) == 2;
     if (!(is_pair ? is_simple_one(PyTuple_GET_ITEM(item, 0)) && is_simple_one(PyTuple_GET_ITEM(item, 1)) : is_simple_one(item))) return false;

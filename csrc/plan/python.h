@@ -46,6 +46,21 @@ inline bool is_dict(PyObject* object) {
   return PyDict_Check(object) && Py_TYPE(object)->tp_as_mapping->mp_subscript == PyDict_Type.tp_as_mapping->mp_subscript;
 }
 
+// The value of a key, or null. May run code of the user's, if a key of the user's has the hash of ours.
+inline py::object item_of(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (!value && PyErr_Occurred()) throw python_error();
+  return py::reinterpret_borrow<py::object>(value);
+}
+
+// Whether looking a name up in a dict runs no code of the user's.
+inline bool has_plain_keys(PyObject* dict) {
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);)
+    if (!PyUnicode_CheckExact(key)) return false;
+  return true;
+}
+
 // Keys that were loaded from a file are other objects than ours.
 inline bool same_key(PyObject* a, PyObject* b) {
   return a == b || (PyUnicode_CheckExact(a) && PyUnicode_CheckExact(b) && PyUnicode_Compare(a, b) == 0);

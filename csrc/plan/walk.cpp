@@ -104,9 +104,9 @@ void Walk::read(PyObject* self, PyObject* fresh) {
 
 void Walk::read_group(PyObject* dict, size_t at, Reader& state_reader) {
   const uint64_t version = is_dict(dict) ? version_of(dict, DictOf::group) : 0;
-  PyObject* params = is_dict(dict) ? hold(PyDict_GetItemWithError(dict, names::params)) : nullptr;
+  PyObject* params = is_dict(dict) ? hold(item_of(dict, names::params).ptr()) : nullptr;
   if (!params || !PyList_Check(params)) throw Outside{"a param group is no dict or has no list of params"};
-  PyObject* differentiable = hold(PyDict_GetItemWithError(dict, names::differentiable));
+  PyObject* differentiable = hold(item_of(dict, names::differentiable).ptr());
   if (differentiable && is_true(differentiable)) throw Outside{"differentiable=True"};
   comparable = comparable && options.is_simple(dict);
   SeenGroup group = {dict, params, version, 0, seen.size(), -1};
@@ -121,7 +121,7 @@ bool Walk::compare_group(PyObject* dict, SeenGroup& group) {
   if (tensors || !has_version(dict, group.version)) {
     if (!options.is_simple(dict)) return false;
     group.version = version_of(dict, DictOf::group), group.params = PyDict_GetItemWithError(dict, names::params);
-    if (!group.params || !PyList_Check(group.params)) return PyErr_Clear(), false;
+    if (!group.params || !PyList_Check(group.params)) return false;
     if (group.group >= 0 && !options.read_again(size_t(group.group), dict)) return false;
     regrouped = true;
   }
