@@ -150,19 +150,22 @@ bool sum_is_nearest(const Isa& isa, const Format& bf16, uint32_t stride) {
     units.back() |= sign, upper.push_back(uint16_t(h)), grad.push_back(minus_zero);
   }
   const size_t n = upper.size();
+  std::vector<uint32_t> lowers = {0x7fff, 0x8000, 0x8001};
+  for (uint32_t lower = 0; lower < 1 << 16; lower += stride) lowers.push_back(lower);
   std::atomic<bool> good{true};
   const unsigned count = std::max(2u, std::thread::hardware_concurrency());
   std::vector<std::thread> threads;
   for (unsigned t = 0; t < count; t++)
     threads.emplace_back([&, t] {
       std::vector<uint16_t> param(n), state = units;
-      for (uint64_t lower = t * stride; lower < 1 << 16; lower += count * stride) {
+      for (size_t l = t; l < lowers.size(); l += count) {
+        const uint32_t lower = lowers[l];
         const Scalars scalars = scalars_of(float(lower) * 0x1p-17f);
         param = upper;
         isa.apply(row_of(DType::bf16, param.data(), grad.data(), DType::bf16, state.data(), n, scalars), 0, int64_t(n));
         unsigned wrong = 0;
         for (size_t i = 0; i < n; i++) {
-          const uint32_t pattern = (uint32_t(upper[i]) << 16 | uint32_t(lower)) & ~sign32;
+          const uint32_t pattern = (uint32_t(upper[i]) << 16 | lower) & ~sign32;
           wrong |= unsigned(param[i] ^ uint16_t(upper[i] + (pattern > bf16.last[upper[i] & ~sign16])));
         }
         if (wrong || state != units) good = false;
