@@ -15,7 +15,7 @@ CORE_DEPS := $(CORE) $(wildcard tests/native/*.h csrc/step/*.h)
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-sqrt test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
+.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-sqrt test-long lint native native-arm asan bench bench-quick bench-gpu bench-compare docs wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,14 @@ native-arm: build/core-plain.passed  ## the core cross-compiled for AArch64, und
 	qemu-aarch64 build/core-arm > build/core-arm.log
 	cat build/core-arm.log
 	test "$$(grep hash build/core-arm.log)" = "$$(grep hash $<)"
+
+asan: setup  ## a user's code that interrupts steps, with the extension under ASan; Linux, g++
+	FASTOPT_CXXFLAGS="-O1 -g1 -fsanitize=address -fno-omit-frame-pointer" \
+		$(PY) setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	cd build/asan/lib && \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR) \
+		$(CURDIR)/$(PY) -W ignore -m tests.interruptions
 
 # ---- benchmarks
 
