@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from glob import glob
 
 import setuptools
 from setuptools import setup
@@ -27,6 +28,7 @@ COMPILE_ARGS = [
     "-ffp-contract=off",  # the bits of a step are a contract: docs/numerics.md
     "-fno-math-errno",  # with errno, sqrt does not vectorise
     "-fno-trapping-math",
+    "-Wno-psabi",  # vectors wider than the processor's are passed only inline
 ]
 
 
@@ -61,11 +63,12 @@ def extension():
         ext_modules=[
             cpp_extension.CppExtension(
                 "fastopt._C",
-                ["csrc/bind.cpp", "csrc/isa.cpp", "csrc/isa_avx2.cpp", "csrc/isa_avx512.cpp"],
+                sorted(glob("csrc/*/*.cpp")),
+                include_dirs=[os.path.abspath("csrc")],
                 define_macros=[("FASTOPT_TORCH_VERSION", f'"{version}"')],
                 extra_compile_args=COMPILE_ARGS + OPENMP[0] + os.environ.get("FASTOPT_CXXFLAGS", "").split(),
                 extra_link_args=OPENMP[1],
-                depends=[f"csrc/{name}.h" for name in ("core", "apply", "halves", "simd", "optimizers")],
+                depends=sorted(glob("csrc/*/*.h")),
             )
         ],
         cmdclass={"build_ext": Build},

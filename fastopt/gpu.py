@@ -1,6 +1,6 @@
 """The GPU backend between plan and kernels: uploads what changed of the plan's arrays, and launches.
 
-The plan (csrc/bind.cpp) has checked everything and laid out, for each bucket of rows that one launch serves, the
+The plan has checked everything and laid out, for the rows that one launch serves, an image (csrc/step/image.h): the
 arrays that kernels/multi_tensor.py describes. Imported, and Triton with it, when a GPU tensor is stepped for the first
 time.
 """
@@ -12,11 +12,14 @@ import ctypes
 import functools
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .backends import _C
+
+if TYPE_CHECKING:
+    from ._C import Launch, Want
 
 try:
     from .kernels import multi_tensor
@@ -28,10 +31,8 @@ except ModuleNotFoundError as error:
         "(torch's CUDA builds bring it along)"
     ) from error
 
-Want = tuple[int, int, int, int, int, bool, int]
-Launch = tuple[int, int, int, int, int, int, int, int, int]
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of DType in csrc/core.h
+DTYPES = tuple(getattr(torch, name) for name in _C.dtypes)  # by the numbers that the plan has for them
+assert multi_tensor.CHUNK == _C.gpu_chunk
 
 NOT_WARM = (
     "step() was captured in a CUDA graph before it ran outside of one with the same parameters and options: "
@@ -218,17 +219,18 @@ class Gpu:
         """Compiles kernels and makes buffers, before anything is written."""
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(NOT_WARM)
-        for number, index, used, param, state, capturable, words in wants:
-            device = torch.device(_C.gpu_type(), index)
+        for want in wants:
+            device = torch.device(_C.gpu_type(), want.device)
             with _current(device):
-                bucket = self.buckets.get(number)
+                bucket = self.buckets.get(want.image)
                 if bucket is None:
-                    bucket = self._bucket(device, used, param, state, capturable)
-                    bucket.grow(words)
-                    self.buckets[number] = bucket
-                if bucket.buffer.numel() < words:
-                    bucket.grow(words * 2)
-            self._use_buffers(optimizer, [number])
+                    kernel = want.used, want.param, want.state, want.capturable
+                    bucket = self._bucket(device, *kernel)
+                    bucket.grow(want.words)
+                    self.buckets[want.image] = bucket
+                if bucket.buffer.numel() < want.words:
+                    bucket.grow(want.words * 2)
+            self._use_buffers(optimizer, [want.image])
 
     def _bucket(self, device: torch.device, *kind: Any) -> Bucket:
         try:
@@ -247,47 +249,38 @@ class Gpu:
         done = 0
         try:
             for launch in launches:
-                self._run(*launch)
+                self._run(launch)
                 done += 1
         except BaseException as error:  # what the plan takes for counted and uploaded may not be
-            for number, *_ in launches[done:]:
-                _C.take_back(optimizer, number)
+            for launch in launches[done:]:
+                _C.take_back(optimizer, launch.image)
             self._use_buffers(optimizer, self.buckets)
             if isinstance(error, RuntimeError):
-                device, count = self.buckets[launches[done][0]].device, len(launches)
+                device, count = self.buckets[launches[done].image].device, len(launches)
                 where = dict(algorithm=self.algorithm, device=device, number=done + 1, count=count)
                 error.args = (NO_LAUNCH.format(error=error, **where),)
             raise
 
-    def _run(
-        self,
-        number: int,
-        programs: int,
-        table_at: int,
-        scalars_at: int,
-        start: int,
-        stop: int,
-        image: int,
-        rows: int,
-        hypers_at: int,
-    ) -> None:
-        bucket = self.buckets[number]
+    def _run(self, launch: Launch) -> None:
+        image, programs, table_at, scalars_at, changed_from, changed_to, address, prepared, hypers_at = launch
+        bucket = self.buckets[image]
         with _current(bucket.device):
             base = bucket.buffer.data_ptr()
             work, scalars, words = base, base + 8 * scalars_at, bucket.no_words
             stream = current_stream(bucket.device)
             if self._in_graph:
-                work = bucket.upload_in_graph(image, table_at, hypers_at, scalars_at)
+                work = bucket.upload_in_graph(address, table_at, hypers_at, scalars_at)
             else:
                 bucket.launched_on(stream)
-                if bucket.preparer is None and (row := bucket.one_row_of_scalars(image, scalars_at, start)):
+                stop = changed_to
+                if bucket.preparer is None and (row := bucket.one_row_of_scalars(address, scalars_at, changed_from)):
                     scalars, words, stop = 0, row, min(stop, scalars_at)
-                if start < stop:
-                    bucket.upload(image, start, stop)
-                    if bucket.preparer is not None and start < table_at:
-                        bucket.make_ready_for_graph(image, table_at, hypers_at, stop)
+                if changed_from < stop:
+                    bucket.upload(address, changed_from, stop)
+                    if bucket.preparer is not None and changed_from < table_at:
+                        bucket.make_ready_for_graph(address, table_at, hypers_at, stop)
             if bucket.preparer is not None:
-                bucket.preparer.launch(rows, stream, base + 8 * hypers_at, scalars)
+                bucket.preparer.launch(prepared, stream, base + 8 * hypers_at, scalars)
             if programs:
                 bucket.launcher.launch(programs, stream, work, base + 8 * table_at, scalars, words)
         self.launches += 1

@@ -1,9 +1,17 @@
 """For every test: what is skipped on this machine, a fixed seed, one thread."""
 
+import os
 import platform
 
 import pytest
 import torch
+
+
+def pytest_report_header():
+    kind = os.environ.get("FASTOPT_TEST_SQRT")
+    if kind and not hasattr(torch.Tensor.sqrt, "__code__"):
+        raise pytest.UsageError("FASTOPT_TEST_SQRT without tests/tools/torch_sqrt in PYTHONPATH: see make test-sqrt")
+    return f"torch's square root: {kind}" if kind else None
 
 
 def pytest_collection_modifyitems(items):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-COMPLETE = ("dropin", "checkpoints", "compile", "distributed", "frameworks", "memory")
+COMPLETE = ("dropin", "clients", "checkpoints", "compile", "distributed", "frameworks", "memory")
 
 
 def test_features_and_tests():

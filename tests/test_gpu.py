@@ -79,7 +79,7 @@ def params_of(optimizer):
 
 
 def buckets(optimizer):
-    return list(optimizer._gpu.buckets.values())
+    return list(optimizer._fastopt_gpu.buckets.values())
 
 
 # ---- every optimizer, option and dtype: the bits of the C++ backend
@@ -251,7 +251,7 @@ def test_one_program_for_each_chunk(row, idle_gpu):
     optimizer.step()
     (bucket,) = buckets(optimizer)
     module = importlib.import_module(f"fastopt.kernels.{row.module}")
-    ((_, programs, table_at, scalars_at, *_),) = fastopt._C.step(optimizer)
+    ((_, programs, table_at, scalars_at, *_),) = fastopt._C.step(optimizer).launches
     words = bucket.buffer.tolist()
     table = [words[at : at + 4 + len(module.SLOTS)] for at in range(table_at, scalars_at, 4 + len(module.SLOTS))]
     chunks = [(number, at) for number, p in enumerate(params_of(optimizer)) for at in range(-(-p.numel() // CHUNK))]
@@ -526,7 +526,7 @@ def test_graphs_replay_steps(row, gpu, monkeypatch):
         step_with(0)
         ways = [lambda number=number: step_with(number) for number in range(3)]
         if use_graphs:
-            monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+            monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
             monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
             for number in (1, 2):
                 graph = Graph(monkeypatch)
@@ -534,7 +534,7 @@ def test_graphs_replay_steps(row, gpu, monkeypatch):
                 with graph.capture():
                     step_with(number)
                 assert_same_bits(snapshot(optimizer), before, row.name)
-                assert [optimizer._gpu._in_graph, bool(graph.work)] == [True, True]
+                assert [optimizer._fastopt_gpu._in_graph, bool(graph.work)] == [True, True]
                 ways[number] = graph.replay
         for number in (1, 2, 0, 1, 0, 0, 2, 2, 0):
             fill()
@@ -635,7 +635,7 @@ def test_events_are_queried_and_memory_is_locked_whatever_another_thread_capture
 def test_capture_before_a_first_step_is_refused(row, gpu, monkeypatch):
     """State and buffers made in a graph would be made again at each replay."""
     optimizer, params = stepped(row, capturable=True)
-    monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+    monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
     new = torch.nn.Parameter(torch.ones(CHUNK * 9))
     new.grad = torch.ones_like(new)
     optimizer.add_param_group({"params": [new]})
@@ -653,7 +653,7 @@ def test_options_that_change_on_the_way_to_a_capture(row, gpu, monkeypatch):
     optimizer, params = stepped(row)
     optimizer.param_groups[0]["capturable"] = True
     optimizer.step()
-    monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+    monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
     graph = Graph(monkeypatch)
     before = [param.detach().clone() for param in params]
     with graph.capture():
@@ -831,14 +831,14 @@ def test_capture_is_refused(row, gpu, monkeypatch):
     new.grad = torch.ones(3)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(backend.Gpu, "_on_cuda", True, raising=False)
-    monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+    monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
     with pytest.raises(RuntimeError, match=why):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before, row.name)
     monkeypatch.setattr(fastopt._C, "gpu_type", lambda: "cuda")
     with pytest.raises(RuntimeError, match=why):
         first.step()
-    assert torch.equal(new.detach(), torch.ones(3)) and len(first.state) == entries and first._gpu is None
+    assert torch.equal(new.detach(), torch.ones(3)) and len(first.state) == entries and first._fastopt_gpu is None
     assert len(gpu.launches) == launches
 
 
