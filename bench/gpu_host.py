@@ -89,11 +89,11 @@ def uploads(optimizer: str) -> list[dict[str, Any]]:
             "one gradient moves": partial(move, 1), "all gradients move": partial(move, len(params)),
         }  # fmt: skip
         for what, change in changes.items():
-            buckets = made._gpu.buckets.values() if made._gpu else ()
+            buckets = made._fastopt_gpu.buckets.values() if made._fastopt_gpu else ()
             before = sum(bucket.uploads for bucket in buckets), sum(bucket.uploaded_words for bucket in buckets)
             change()
             made.step()
-            buckets = made._gpu.buckets.values()
+            buckets = made._fastopt_gpu.buckets.values()
             copies = sum(bucket.uploads for bucket in buckets) - before[0]
             words = sum(bucket.uploaded_words for bucket in buckets) - before[1]
             found.append({"optimizer": optimizer, "tensors": len(params), "groups": groups, "capturable": capturable,

@@ -546,7 +546,7 @@ def test_graphs_replay_steps(row, gpu, monkeypatch):
 
 def captured_words(monkeypatch, optimizer):
     """Captures a step: how many words each replay uploads, and how many captures must be held for it that were not."""
-    monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+    monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
     before, graph = len(backend._held_for_graphs), Graph(monkeypatch)
     with graph.capture():
         optimizer.step()

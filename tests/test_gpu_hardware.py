@@ -127,7 +127,7 @@ def test_a_buffer_outlives_its_optimizer(row):
         optimizer.step()
     params, stream = params_of(ours), torch.cuda.Stream()
     torch.cuda.synchronize()
-    words = [bucket.buffer.numel() for bucket in ours._gpu.buckets.values()]
+    words = [bucket.buffer.numel() for bucket in ours._fastopt_gpu.buckets.values()]
     with torch.cuda.stream(stream):
         torch.cuda._sleep(500_000_000)
         for optimizer in (expected, ours):
