@@ -101,7 +101,7 @@ def free_storages(optimizer, params):
 
 
 def no_plan(optimizer, params):
-    optimizer._plan = None
+    optimizer._fastopt_plan = None
 
 
 def another_step(optimizer, params):
