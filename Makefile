@@ -9,14 +9,14 @@ TRITON ?= $(if $(filter Darwin,$(shell uname)),,triton>=3.6,<3.10)
 OTHER_TRITON ?= 3.7.1
 CXX ?= g++
 PY := $(VENV)/bin/python
-CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -pthread
-CORE := tests/native/core_test.cpp csrc/isa.cpp csrc/isa_avx2.cpp csrc/isa_avx512.cpp
-CORE_DEPS := $(CORE) $(wildcard csrc/*.h)
+CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wall -Wextra -Werror -pthread
+CORE := $(wildcard tests/native/*.cpp csrc/step/*.cpp)
+CORE_DEPS := $(CORE) $(wildcard tests/native/*.h csrc/step/*.h)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheel wheels sdist test-wheel clean
+.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-sqrt test-long lint native native-arm asan bench bench-quick bench-gpu gpu bench-compare docs wheel wheels sdist test-wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,7 +29,7 @@ $(VENV)/tools: pyproject.toml
 	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja numpy "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 	touch $@
 
-$(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*)
+$(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*/*)
 	FASTOPT_CXXFLAGS="-Wall -Werror=unused -Werror=return-type" $(PY) -m pip install --quiet --no-build-isolation -e ".[demo,test]"
 	touch $@
 
@@ -59,6 +59,9 @@ pytest-triton: setup $(if $(TRITON),$(VENV)/triton-$(OTHER_TRITON)/triton)  ## t
 $(VENV)/triton-$(OTHER_TRITON)/triton: $(VENV)/tools
 	$(PY) -m pip install --quiet --no-deps --target $(VENV)/triton-$(OTHER_TRITON) triton==$(OTHER_TRITON)
 
+test-sqrt: setup  ## the Python tests with a torch whose square root is exact, and with one that is off by a unit in the last place
+	for kind in exact off; do FASTOPT_TEST_SQRT=$$kind PYTHONPATH=$(CURDIR)/tests/tools/torch_sqrt $(PY) -m pytest || exit 1; done
+
 test-long: setup  ## the slow tests: wheel and sdist, distributed, frameworks, memory
 	$(PY) -m pytest -m slow
 
@@ -68,8 +71,8 @@ lint: setup  ## ruff and mypy
 
 native: build/core-plain.passed build/core-asan.passed build/core-tsan.passed  ## the C++ core alone: plain, ASan + UBSan, TSan
 build/core-plain: FLAGS := -O3
-build/core-asan: FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
-build/core-tsan: FLAGS := -O1 -g -fsanitize=thread
+build/core-asan: FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DSTRIDE=1009
+build/core-tsan: FLAGS := -O1 -g -fsanitize=thread -DSTRIDE=4093
 build/core-%: $(CORE_DEPS)
 	@mkdir -p build
 	$(CXX) $(CORE_FLAGS) $(FLAGS) $(CORE) -o $@
@@ -77,10 +80,18 @@ build/%.passed: build/%
 	./$< | tee $@.log && mv $@.log $@
 
 native-arm: build/core-plain.passed  ## the core cross-compiled for AArch64, under qemu: the same hash (g++-aarch64-linux-gnu, qemu-user)
-	aarch64-linux-gnu-g++ $(CORE_FLAGS) -O3 -static $(CORE) -o build/core-arm
+	aarch64-linux-gnu-g++ $(CORE_FLAGS) -O3 -DSTRIDE=1009 -static $(CORE) -o build/core-arm
 	qemu-aarch64 build/core-arm > build/core-arm.log
 	cat build/core-arm.log
 	test "$$(grep hash build/core-arm.log)" = "$$(grep hash $<)"
+
+asan: setup  ## a user's code that interrupts steps, with the extension under ASan; Linux, g++
+	FASTOPT_CXXFLAGS="-O1 -g1 -fsanitize=address -fno-omit-frame-pointer" \
+		$(PY) setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	cd build/asan/lib && \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR) \
+		$(CURDIR)/$(PY) -W ignore -m tests.interruptions
 
 # ---- benchmarks
 
@@ -90,6 +101,8 @@ bench-quick: setup  ## the same in a minute
 	$(PY) -m bench.run --quick
 bench-gpu: setup  ## on a machine with a GPU: correctness, then speed
 	$(PY) -m bench.gpu
+gpu:  ## all that a GPU has to say, in nine minutes, with the torch of PYTHON: build/gpu/summary.md; FULL=1 takes longer, DRY=1 needs no GPU
+	$(PYTHON) -m bench.gpu_all $(if $(FULL),--full) $(if $(DRY),--dry)
 bench-compare: setup  ## what got slower from OLD=a.json to NEW=b.json
 	$(PY) -m bench.compare $(OLD) $(NEW)
 

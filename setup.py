@@ -21,7 +21,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"fastopt: setuptools {setuptools.__version__} is too old to build it; pip install 'setuptools>=77'")
 
 # Without torch, and with it.
-STEP, PLAN = sorted(glob("csrc/isa*.cpp")), sorted(glob("csrc/bind.cpp"))
+STEP, PLAN = sorted(glob("csrc/step/*.cpp")), sorted(glob("csrc/plan/*.cpp"))
 
 NO_TORCH = (
     "fastopt: torch is not installed where the build runs; install torch first, then repeat this command with "
@@ -62,6 +62,7 @@ COMPILE_ARGS = [
     "-ffp-contract=off",  # the bits of a step are a contract: docs/numerics.md
     "-fno-math-errno",  # with errno, sqrt does not vectorise
     "-fno-trapping-math",
+    "-Wno-psabi",  # vectors wider than the processor's are passed only inline
     *OPENMP[0],
     *os.environ.get("FASTOPT_CXXFLAGS", "").split(),
 ]

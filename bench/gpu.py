@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from fastopt import backends
+
 from .candidates import CHECK_STEPS, OPTIMIZERS, Problem, Row, Unavailable, check, make, reference, values
 from .measure import DTYPES, FULL, QUICK, Effort, compare_times, environment, rounds, summary
 from .report import count, duration, median, table, times
@@ -25,7 +27,7 @@ from .run import save
 from .workloads import QUICK as QUICK_WORKLOADS
 from .workloads import WORKLOADS, Workload
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device(backends._C.gpu_type() if backends._C else "cuda")  # a dry run's is the CPU
 CANDIDATES = ("fastopt", "default", "fused")  # torch's default is foreach
 CYCLES = 2.5e9  # of a GPU in a second, rather too many
 HOST_STEPS = 20  # whose launches fit into a stream's queue together
@@ -151,6 +153,11 @@ def measure(
     return result
 
 
+def where() -> dict[str, Any]:
+    """What environment() does not know of."""
+    return {"device": torch.cuda.get_device_name(DEVICE), "cuda": torch.version.cuda, "hip": torch.version.hip}
+
+
 def result_table(results: list[dict[str, Any]]) -> str:
     """The results of one workload and dtype, a line for each optimizer and candidate."""
     first = results[0]
@@ -194,12 +201,9 @@ def main() -> int:
     effort = QUICK if arguments.quick else FULL
 
     bandwidth = copy_bandwidth()
-    where = environment() | {
-        "device": torch.cuda.get_device_name(DEVICE), "cuda": torch.version.cuda, "hip": torch.version.hip,
-        "copy_bandwidth": bandwidth,
-    }  # fmt: skip
-    document: dict[str, Any] = {"environment": where, "results": []}
-    print(f"{where['device']}, {where['date']}, commit {where['commit']}, {where['versions']}")
+    here = environment() | where() | {"copy_bandwidth": bandwidth}
+    document: dict[str, Any] = {"environment": here, "results": []}
+    print(f"{here['device']}, {here['date']}, commit {here['commit']}, {here['versions']}")
     print(f"a copy of 1 GiB: {bandwidth['median'] / 1e9:.1f} GB/s read and written\n")
     clock = Clock()
     for name in names:

@@ -1,9 +1,9 @@
 """The benchmark as a pytest-benchmark suite on the small workloads, and tests of the benchmark itself.
 
-    pytest bench/test_bench.py --benchmark-enable [--benchmark-group-by=param:workload,param:optimizer]
+    pytest bench/test_bench.py -m slow --benchmark-enable [--benchmark-group-by=param:workload,param:optimizer]
 
-Not collected by a plain `pytest`. pytest-benchmark times one candidate after the other; bench.run, which takes turns,
-is the one to believe where two are close.
+`make test-long` runs each once, untimed; a plain `pytest` runs the tests of the benchmark. pytest-benchmark times one
+candidate after the other; bench.run, which takes turns, is the one to believe where two are close.
 """
 
 import copy
@@ -18,6 +18,7 @@ SMALL = ("two scalars", "mlp", "1000 x 256", "465 groups")
 TINY = workloads.Workload("tiny", (((5,), (3, 4)), ((130,),)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", SMALL)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("candidate", CANDIDATES)

@@ -1,6 +1,7 @@
 """What the demo and the examples share: arguments, data, a small network and the look of the pictures."""
 
 import argparse
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")  # pictures go to files; no display is needed
 
 import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 COLOURS = {  # Okabe and Ito's palette, told apart by colour-blind readers too
@@ -34,6 +36,18 @@ plt.rcParams.update({
     "grid.color": "#E6E6E6",
     "legend.frameon": False,
 })
+
+
+@contextmanager
+def rounded_sqrt():
+    """While this is open, the square roots of tensors are numpy's, which are correctly rounded."""
+    originals = torch.Tensor.sqrt, torch.Tensor.sqrt_
+    torch.Tensor.sqrt = lambda tensor: torch.as_tensor(np.sqrt(tensor.detach().numpy()))
+    torch.Tensor.sqrt_ = lambda tensor: tensor.copy_(tensor.sqrt())
+    try:
+        yield
+    finally:
+        torch.Tensor.sqrt, torch.Tensor.sqrt_ = originals
 
 
 def arguments(description):

@@ -10,11 +10,9 @@ import inspect
 import statistics
 import sys
 import time
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 
-import numpy as np
 import torch
 from common import (
     COLOURS,
@@ -28,6 +26,7 @@ from common import (
     largest_difference,
     mlp,
     plt,
+    rounded_sqrt,
     save,
 )
 
@@ -82,18 +81,6 @@ class Curve:
 
     def accuracy(self, model):
         return ""  # a curve has none
-
-
-@contextmanager
-def rounded_sqrt():
-    """While this is open, the square roots of tensors are numpy's, which are correctly rounded."""
-    originals = torch.Tensor.sqrt, torch.Tensor.sqrt_
-    torch.Tensor.sqrt = lambda tensor: torch.as_tensor(np.sqrt(tensor.detach().numpy()))
-    torch.Tensor.sqrt_ = lambda tensor: tensor.copy_(tensor.sqrt())
-    try:
-        yield
-    finally:
-        torch.Tensor.sqrt, torch.Tensor.sqrt_ = originals
 
 
 def train(task, make_optimizer, progress):

@@ -7,11 +7,43 @@
 >>> optimizer.step()
 """
 
+import sys
+from typing import Any
+
+from torch import optim
+from torch.optim import lr_scheduler
+
+from . import swa_utils
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .backends import _C as _C  # the extension that fits this torch, or None
 from .backends import backend_info
+from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .rmsprop import RMSprop
 from .sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop", "backend_info"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "RMSprop",
+    "backend_info",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "lr_scheduler",
+    "swa_utils",
+]
+
+sys.modules[f"{__name__}.lr_scheduler"] = lr_scheduler  # for `from fastopt.lr_scheduler import ...`
+
+
+def __getattr__(name: str) -> Any:
+    """What torch.optim has and fastopt does not is torch's own: ``import fastopt as optim`` is enough."""
+    return getattr(optim, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(optim)})

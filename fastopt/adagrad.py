@@ -1,14 +1,32 @@
-"""Adagrad: the class and its state. The update is in csrc/optimizers.h and kernels/adagrad.py."""
+"""Adagrad: the class and its state. The update is in csrc/step/algorithms.h and kernels/adagrad.py."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch.optim.optimizer import Optimizer
 
-from .optimizer import FusedStep, Group
+from .optimizer import Algorithm, FusedStep, Group, drop_in
 
 
+class _Algorithm(Algorithm):
+    update = "adagrad"
+    takes_sparse = True
+
+    def slots(self, optimizer: Optimizer, group: Group) -> dict[str, float]:
+        return {"sum": optimizer.defaults["initial_accumulator_value"]}
+
+    def before_torchs_step(self, optimizer: Optimizer) -> None:
+        """Makes state: torch 2.10 does it in the constructor only, and its step would fail half-way without."""
+        initial = optimizer.defaults["initial_accumulator_value"]
+        for group in optimizer.param_groups:
+            options = {name: group[name] for name in ("fused", "differentiable")}
+            for param in group["params"]:
+                if param.grad is not None and not optimizer.state[param]:
+                    one = torch.optim.Adagrad([param], initial_accumulator_value=initial, **options)
+                    optimizer.state[param] = one.state[param]
+
+
+@drop_in
 class Adagrad(FusedStep, torch.optim.Adagrad):
     """Adagrad: each element's learning rate shrinks with the root of the sum of its squared gradients.
 
@@ -51,18 +69,4 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
     tensor([2., 3.])
     """
 
-    _update = "adagrad"
-    _takes_sparse = True
-
-    def _slots(self, group: Group) -> dict[str, float]:
-        return {"sum": self.defaults["initial_accumulator_value"]}
-
-    def _init_group(self, group: Group, *lists: Any) -> Any:
-        """Torch's step calls it. Torch 2.10 makes state in the constructor only: it would fail half-way without."""
-        options = {name: group[name] for name in ("fused", "differentiable")}
-        options["initial_accumulator_value"] = self.defaults["initial_accumulator_value"]
-        for param in group["params"]:
-            if param.grad is not None and not self.state[param]:
-                self.state[param] = torch.optim.Adagrad([param], **options).state[param]
-        init_group: Any = super()._init_group
-        return init_group(group, *lists)
+    _fastopt = _Algorithm()

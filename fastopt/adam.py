@@ -1,27 +1,29 @@
-"""Adam and AdamW: the classes and their state. The update is in csrc/optimizers.h and kernels/adam.py."""
+"""Adam and AdamW: the classes and their state. The update is in csrc/step/algorithms.h and kernels/adam.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
-from .optimizer import FusedStep, Group, same_dtype
+from .optimizer import Algorithm, FusedStep, Group, drop_in, same_dtype
 
 
-class _AdamState(FusedStep):
-    _update = "adam"
+class _Algorithm(Algorithm):
+    update = "adam"
 
-    def _slots(self, group: Group) -> dict[str, float]:
+    def slots(self, optimizer: Optimizer, group: Group) -> dict[str, float]:
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
         return dict.fromkeys(names, 0.0)
 
-    def _refusal(self, group: Group, param: Tensor) -> Exception | None:
+    def refusal(self, optimizer: Optimizer, group: Group, param: Tensor) -> Exception | None:
         if param.grad is not None and param.grad.is_sparse:
             return RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        return super()._refusal(group, param) or same_dtype(param)
+        return super().refusal(optimizer, group, param) or same_dtype(param)
 
 
-class Adam(_AdamState, torch.optim.Adam):
+@drop_in
+class Adam(FusedStep, torch.optim.Adam):
     """Adam: steps along a running mean of the gradients, divided by the root of a running mean of their squares.
 
     At step t = 1, 2, ... of a parameter p with gradient g, all elementwise::
@@ -70,8 +72,11 @@ class Adam(_AdamState, torch.optim.Adam):
     tensor([2., 3.])
     """
 
+    _fastopt = _Algorithm()
 
-class AdamW(_AdamState, torch.optim.AdamW):
+
+@drop_in
+class AdamW(Adam, torch.optim.AdamW):
     """AdamW: Adam with weight decay that shrinks the parameter and does not pass through the running means.
 
     At step t = 1, 2, ... of a parameter p with gradient g, all elementwise::

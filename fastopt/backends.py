@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -71,6 +72,16 @@ else:
 
 # Steps that torch's own code did, by reason.
 torch_steps: Counter[str] = Counter()
+
+
+def count_left_to_torch(what: str, answer: Any) -> None:
+    torch_steps[f"{what}: {answer.reason}"] += 1
+
+
+def left_to_torch(function: Callable[..., Any], answer: Any, *args: Any) -> Any:
+    """Torch's own function, for the reason that the extension answered."""
+    count_left_to_torch(function.__name__, answer)
+    return function(*args)
 
 
 def backend_info() -> dict[str, Any]:

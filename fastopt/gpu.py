@@ -1,6 +1,6 @@
 """The GPU backend between plan and kernels: uploads what changed of the plan's arrays, and launches.
 
-The plan (csrc/bind.cpp) has checked everything and laid out, for each bucket of rows that one launch serves, the
+The plan has checked everything and laid out, for the rows that one launch serves, an image (csrc/step/image.h): the
 arrays that kernels/multi_tensor.py describes. Imported, and Triton with it, when a GPU tensor is stepped for the first
 time.
 """
@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .backends import _C
+
+if TYPE_CHECKING:
+    from ._C import Launch, Want
 
 try:
     from .kernels import multi_tensor
@@ -27,13 +31,26 @@ except ModuleNotFoundError as error:
         "(torch's CUDA builds bring it along)"
     ) from error
 
-Want = tuple[int, int, int, int, int, bool, int]
-Launch = tuple[int, int, int, int, int, int, int, int, int]
+DTYPES = tuple(getattr(torch, name) for name in _C.dtypes)  # by the numbers that the plan has for them
+assert multi_tensor.CHUNK == _C.gpu_chunk
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of DType in csrc/core.h
+NOT_WARM = (
+    "step() was captured in a CUDA graph before it ran outside of one with the same parameters and options: "
+    "state, kernels and buffers are made at such a step. Run one or more before the capture, as torch's notes on "
+    "CUDA graphs say (warm-up)."
+)
+NO_KERNEL = (
+    "Triton could not make fastopt's kernel of {algorithm} for {device}: {error}. Nothing was changed. Triton needs a "
+    "C compiler (CC), the ptxas it came with, and a folder to write to (TRITON_CACHE_DIR)."
+)
+NO_LAUNCH = (
+    "step() failed at launch {number} of {count} of {algorithm}'s kernel, on {device}: {error}. The parameters of this "
+    "launch and of later ones were not stepped. CUDA may report here what an earlier kernel did wrong; "
+    "CUDA_LAUNCH_BLOCKING=1 shows which."
+)
 
-
-# What captured graphs read and write at every replay: a graph may outlive the optimizer that was captured.
+# What captured graphs read and write at every replay. A graph may outlive the optimizer that was captured, and torch
+# does not tell when it is gone, so this stays. Graphs that upload the same share it.
 _held_for_graphs: list[Any] = []
 
 
@@ -43,14 +60,17 @@ class Staging:
     def __init__(self, words: int, device: torch.device):
         on_gpu = device.type != "cpu"
         self.words = words
-        with torch.inference_mode(False):  # it will be used outside too
+        with _ThreadMayUseCuda(), torch.inference_mode(False):  # it will be used outside of that too
             self.memory = torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self.address = self.memory.data_ptr()
         self.copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._first = self.memory
 
     def free(self) -> bool:
-        return self.copied is None or bool(self.copied.query())
+        if self.copied is None:
+            return True
+        with _ThreadMayUseCuda():
+            return bool(self.copied.query())
 
     def first(self, words: int) -> torch.Tensor:
         if self._first.numel() != words:
@@ -66,9 +86,16 @@ class Bucket:
         index = device.index or 0
         self.launcher = multi_tensor.update_launcher(algorithm, used, DTYPES[param], DTYPES[state], index)
         self.preparer = multi_tensor.prepare_launcher(algorithm, DTYPES[param], index) if capturable else None
+        self.columns = multi_tensor.table_columns(algorithm)
+        words = multi_tensor.scalars_words(algorithm, DTYPES[param])
+        self.no_words, self._row_of_scalars = (0,) * words, ctypes.c_int64 * words
+        self.one_row = False
         self._buffers: list[torch.Tensor] = []
+        self._streams: set[int] = set()  # that have used the buffer of steps outside graphs
+        self._work: torch.Tensor | None = None  # of the last step outside graphs, if capturable; stays as it is
+        self._work_numels: list[int] = []  # which it follows from
         self._for_graph: Staging | None = None  # made ahead: older torch cannot make page-locked memory in a capture
-        self.grow(0)
+        self._captured: dict[tuple[int, bytes], Staging] = {}  # what graphs upload
         self.staging: deque[Staging] = deque()  # in the order of use, which is that in which copies end
         self.uploads = 0
         self.uploaded_words = 0
@@ -77,20 +104,31 @@ class Bucket:
         # Replays fill their buffer at times that the plan doesn't know; so steps outside graphs have another.
         count = 1 if self.preparer is None else 2
         with torch.inference_mode(False):
-            buffers = [torch.empty(words, dtype=torch.int64, device=self.device) for _ in range(count)]
-        if self.device.type != "cpu":
-            for old in self._buffers:  # a launch may still read it, and on another stream than it was made on
-                old.record_stream(torch.cuda.current_stream())
-        self._buffers = buffers
+            self._buffers = [torch.empty(words, dtype=torch.int64, device=self.device) for _ in range(count)]
+        self._streams = {current_stream(self.device)}
+        self._captured = {}
         self.use(in_graph=False)
 
     def use(self, in_graph: bool) -> None:
         self.buffer = self._buffers[in_graph and self.preparer is not None]  # without one it is never captured
         self._targets: dict[tuple[int, int], torch.Tensor] = {}  # parts of it; slicing takes as long as copying
-        if self.preparer is not None and not in_graph:
-            words = self.buffer.numel()
-            if self._for_graph is None or self._for_graph.words < words:
-                self._for_graph = Staging(words, self.device)
+
+    def launched_on(self, stream: int) -> None:
+        """Keeps the allocator from handing the buffer out again before what is queued on another stream is done."""
+        if stream not in self._streams:
+            self._streams.add(stream)
+            self.buffer.record_stream(torch.cuda.current_stream(self.device))
+
+    def one_row_of_scalars(self, image: int, scalars_at: int, changed_from: int) -> tuple[int, ...] | None:
+        """If all rows of the table share one: its words, which come with the launch then and need no upload.
+
+        When their number changes, the plan hands over the whole image: of two scalars or more, more rows take more
+        words.
+        """
+        if changed_from < scalars_at:
+            last_row = image + 8 * (scalars_at - self.columns)
+            self.one_row = ctypes.c_int64.from_address(last_row + 8).value == 0
+        return tuple(self._row_of_scalars.from_address(image + 8 * scalars_at)) if self.one_row else None
 
     def upload(self, image: int, start: int, stop: int) -> None:
         """Words [start, stop) of the plan's image, on the current stream, through memory no copy reads any more."""
@@ -103,11 +141,36 @@ class Bucket:
         if staging.copied is not None:
             staging.copied.record()
 
-    def upload_in_graph(self, image: int, words: int) -> None:
-        """The whole image, as a part of the graph being captured: at each replay, from memory that stays as it is."""
-        staging, self._for_graph = self._for_graph or Staging(words, self.device), None
-        _held_for_graphs.append((staging, self.buffer))
-        self._copy(staging, image, 0, words)
+    def make_ready_for_graph(self, image: int, table_at: int, hypers_at: int, stop: int) -> None:
+        """After an upload of the whole image outside graphs: what a capture of the same tensors needs."""
+        numels = self._numels(image, table_at, hypers_at)
+        if self._work is None or self._work_numels != numels:
+            self._work, self._work_numels = self.buffer[:table_at].clone(), numels
+        if self._for_graph is None or self._for_graph.words < stop - table_at:
+            self._for_graph = Staging(stop - table_at, self.device)
+
+    def _numels(self, image: int, table_at: int, hypers_at: int) -> list[int]:
+        return (ctypes.c_int64 * (hypers_at - table_at)).from_address(image + 8 * table_at)[:: self.columns]
+
+    def upload_in_graph(self, image: int, table_at: int, hypers_at: int, stop: int) -> int:
+        """The image, as a part of the graph being captured: at each replay, from memory that stays as it is.
+
+        Not its list of work, by far the largest part, where that is the last step's outside graphs: no replay changes
+        it. Returns the address of the list.
+        """
+        work, start = self.buffer, 0
+        if self._work is not None and self._work_numels == self._numels(image, table_at, hypers_at):
+            work, start = self._work, table_at
+        content = start, ctypes.string_at(image + 8 * start, 8 * (stop - start))
+        staging = self._captured.get(content)
+        if staging is None:
+            staging, self._for_graph = self._for_graph, None
+            if staging is None or staging.words < stop - start:
+                staging = Staging(stop - start, self.device)
+            self._captured[content] = staging
+            _held_for_graphs.append((staging, self.buffer, work))
+        self._copy(staging, image, start, stop)
+        return work.data_ptr()
 
     def _copy(self, staging: Staging, image: int, start: int, stop: int) -> None:
         words = stop - start
@@ -156,15 +219,25 @@ class Gpu:
         """Compiles kernels and makes buffers, before anything is written."""
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(NOT_WARM)
-        for number, index, used, param, state, capturable, words in wants:
-            device = torch.device(_C.gpu_type(), index)
+        for want in wants:
+            device = torch.device(_C.gpu_type(), want.device)
             with _current(device):
-                bucket = self.buckets.get(number)
+                bucket = self.buckets.get(want.image)
                 if bucket is None:
-                    bucket = self.buckets[number] = Bucket(self.algorithm, device, used, param, state, capturable)
-                if bucket.buffer.numel() < words:
-                    bucket.grow(words * 2 if bucket.buffer.numel() else words)
-            self._use_buffers(optimizer, [number])
+                    kernel = want.used, want.param, want.state, want.capturable
+                    bucket = self._bucket(device, *kernel)
+                    bucket.grow(want.words)
+                    self.buckets[want.image] = bucket
+                if bucket.buffer.numel() < want.words:
+                    bucket.grow(want.words * 2)
+            self._use_buffers(optimizer, [want.image])
+
+    def _bucket(self, device: torch.device, *kind: Any) -> Bucket:
+        try:
+            return Bucket(self.algorithm, device, *kind)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise RuntimeError(NO_KERNEL.format(algorithm=self.algorithm, device=device, error=why)) from error
 
     def _use_buffers(self, optimizer: Any, numbers: Iterable[int]) -> None:
         """Has the plan hand over the whole images of these buckets at the next step."""
@@ -176,48 +249,49 @@ class Gpu:
         done = 0
         try:
             for launch in launches:
-                self._run(*launch)
+                self._run(launch)
                 done += 1
-        except BaseException:  # what the plan takes for counted and uploaded may not be
-            for number, *_ in launches[done:]:
-                _C.take_back(optimizer, number)
+        except BaseException as error:  # what the plan takes for counted and uploaded may not be
+            for launch in launches[done:]:
+                _C.take_back(optimizer, launch.image)
             self._use_buffers(optimizer, self.buckets)
+            if isinstance(error, RuntimeError):
+                device, count = self.buckets[launches[done].image].device, len(launches)
+                where = dict(algorithm=self.algorithm, device=device, number=done + 1, count=count)
+                error.args = (NO_LAUNCH.format(error=error, **where),)
             raise
 
-    def _run(
-        self,
-        number: int,
-        programs: int,
-        table_at: int,
-        scalars_at: int,
-        start: int,
-        stop: int,
-        image: int,
-        rows: int,
-        hypers_at: int,
-    ) -> None:
-        bucket = self.buckets[number]
+    def _run(self, launch: Launch) -> None:
+        image, programs, table_at, scalars_at, changed_from, changed_to, address, prepared, hypers_at = launch
+        bucket = self.buckets[image]
         with _current(bucket.device):
-            if self._in_graph:
-                bucket.upload_in_graph(image, scalars_at)
-            elif start < stop:
-                bucket.upload(image, start, stop)
             base = bucket.buffer.data_ptr()
-            stream = multi_tensor.driver.active.get_current_stream(bucket.device.index or 0)
-            scalars = base + 8 * scalars_at
+            work, scalars, words = base, base + 8 * scalars_at, bucket.no_words
+            stream = current_stream(bucket.device)
+            if self._in_graph:
+                work = bucket.upload_in_graph(address, table_at, hypers_at, scalars_at)
+            else:
+                bucket.launched_on(stream)
+                stop = changed_to
+                if bucket.preparer is None and (row := bucket.one_row_of_scalars(address, scalars_at, changed_from)):
+                    scalars, words, stop = 0, row, min(stop, scalars_at)
+                if changed_from < stop:
+                    bucket.upload(address, changed_from, stop)
+                    if bucket.preparer is not None and changed_from < table_at:
+                        bucket.make_ready_for_graph(address, table_at, hypers_at, stop)
             if bucket.preparer is not None:
-                bucket.preparer.launch(rows, stream, base + 8 * hypers_at, scalars)
+                bucket.preparer.launch(prepared, stream, base + 8 * hypers_at, scalars)
             if programs:
-                bucket.launcher.launch(programs, stream, base, base + 8 * table_at, scalars)
+                bucket.launcher.launch(programs, stream, work, base + 8 * table_at, scalars, words)
         self.launches += 1
 
 
-NOT_WARM = (
-    "step() was captured in a CUDA graph before it ran outside of one with the same parameters and options: "
-    "state, kernels and buffers are made at such a step. Run one or more before the capture, as torch's notes on "
-    "CUDA graphs say (warm-up)."
-)
 _no_switch = contextlib.nullcontext()
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the stream on which the device is sent work."""
+    return multi_tensor.driver.active.get_current_stream(device.index or 0)  # type: ignore[no-any-return]
 
 
 def _current(device: torch.device) -> Any:
@@ -225,3 +299,32 @@ def _current(device: torch.device) -> Any:
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return _no_switch
     return torch.cuda.device(device)
+
+
+class _ThreadMayUseCuda:
+    """Lets this thread query its events and lock memory while another captures a graph.
+
+    In the default capture mode, "global", either would make the other thread's capture fail. On ROCm it still does.
+    """
+
+    def __enter__(self) -> None:
+        self.exchange = _exchange_capture_mode()
+        if self.exchange is not None:
+            self.mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
+            self.exchange(ctypes.byref(self.mode))  # it is the thread's former mode now
+
+    def __exit__(self, *_: object) -> None:
+        if self.exchange is not None:
+            self.exchange(ctypes.byref(self.mode))
+
+
+CAPTURE_MODE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+@functools.cache
+def _exchange_capture_mode() -> Any:
+    """cuThreadExchangeStreamCaptureMode of CUDA's driver, or None where there is another's."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return None

@@ -2,19 +2,19 @@
 
     param_groups -> plan -> backend -> kernel machinery -> update function
 
-The plan and the CPU machinery are C++ (csrc/bind.cpp says what it answers). Here is what happens around them: hooks,
-closures, making state at a parameter's first step, and torch's own step for whatever is not a plain strided tensor of
-a floating dtype.
+The plan and the CPU machinery are C++ (csrc/plan/answer.h says what a plan answers). Here is what happens around them:
+hooks, closures, making state at a parameter's first step, and torch's own step for whatever is not a plain strided
+tensor of a floating dtype.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-import torch.autograd.profiler as profiler
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
@@ -24,66 +24,98 @@ from torch.optim.optimizer import Optimizer
 from .backends import _C, torch_steps
 
 Group = dict[str, Any]
+Closure = Callable[[], Any]
+Class = TypeVar("Class", bound=Optimizer)
 _KEPT = (torch.float32, torch.bfloat16, torch.float16)  # what the arithmetic for every parameter holds
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
-Closure = Callable[[], Any]
+# What torch's step calls of its object; the last is an older torch's name of the one before.
+_PARTS_OF_STEP = ("_init_group", "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 if TYPE_CHECKING:
+    from ._C import Answer, Want
+
     _Base = Optimizer
 else:
     _Base = object
 
 
-class FusedStep(_Base):
-    """Mixin: ``class Adam(FusedStep, torch.optim.Adam)`` is torch's Adam with a fused step."""
+class Algorithm:
+    """What there is to know of an optimizer beside its update and what torch's class says: `_fastopt` of its class."""
 
-    _update: ClassVar[str]  # the name of the update in csrc/optimizers.h and kernels/
-    _takes_sparse: ClassVar[bool] = False
-    _plan: Any = None  # made by the extension at the first step; like _gpu, never pickled or copied
-    _gpu: Any = None
+    update: str  # the name of the update in csrc/step/algorithms.h and kernels/
+    has_step: bool = True
+    takes_sparse: bool = False
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """False, also with ``fused=True``: torch.amp.GradScaler unscales, and skips the whole step on overflow."""
-        return False
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, value: bool) -> None:
-        pass  # torch's constructors set it
-
-    # ---- state
-
-    def _slots(self, group: Group) -> dict[str, float]:
+    def slots(self, optimizer: Optimizer, group: Group) -> dict[str, float]:
         """Names and initial values of a parameter's state tensors under the options of ``group``, in torch's order."""
         raise NotImplementedError
 
-    def _has_step(self) -> bool:
-        return True
+    def refusal(self, optimizer: Optimizer, group: Group, param: Tensor) -> Exception | None:
+        """The error that torch's own step would raise half-way, after stepping other parameters."""
+        grad = param.grad
+        assert grad is not None
+        if grad.shape != param.shape:
+            return RuntimeError(f"grad has shape {list(grad.shape)}, the parameter {list(param.shape)}")
+        if grad.device != param.device:
+            return RuntimeError(f"grad is on {grad.device}, the parameter on {param.device}")
+        if grad.is_sparse and not self.takes_sparse:
+            return RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
+        if grad.is_sparse and group["weight_decay"] != 0:
+            return RuntimeError("weight_decay option is not compatible with sparse gradients")
+        if group.get("capturable") and param.device.type == "cpu":
+            return AssertionError(
+                "If capturable=True, params and state_steps must be on supported devices: cuda, xpu, hpu, ...; not cpu"
+            )
+        return None
 
-    def _new_state(self, group: Group, param: Tensor) -> dict[str, Tensor]:
-        state = {}
-        if self._has_step():
-            state["step"] = _step_count(0.0, group, param)
-        for name, value in self._slots(group).items():
-            state[name] = torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
-        return state
+    def before_torchs_step(self, optimizer: Optimizer) -> None:
+        """Does what torch's own step takes for done."""
+
+    def torchs_step_because(self, optimizer: Optimizer) -> str | None:
+        """Why every step of this object is torch's own; asked by the plan at the first one and when a class changes."""
+        cls = type(optimizer)
+        not_torchs = [vars(base) for base in cls.__mro__ if not base.__module__.startswith("torch.")]
+        for part in _PARTS_OF_STEP:
+            # Not vars(optimizer): Python makes a dict for it then, and every attribute takes longer from there on.
+            of_object = hasattr(cls, part) and getattr(optimizer, part) != getattr(cls, part).__get__(optimizer)
+            if of_object or any(part in names for names in not_torchs):
+                return f"{part} is not torch's"
+        if optimizer._step_supports_amp_scaling:  # type: ignore[attr-defined]
+            return "_step_supports_amp_scaling is set"
+        return None
+
+
+class FusedStep(_Base):
+    """Mixin: ``class Adam(FusedStep, torch.optim.Adam)`` is torch's Adam with a fused step.
+
+    What it adds to torch's names begins with ``_fastopt``: all others are free for a user's subclass.
+    """
+
+    _fastopt: ClassVar[Algorithm]
+    _fastopt_plan: Any = None  # made by the extension at the first step; like _fastopt_gpu, never pickled or copied
+    _fastopt_gpu: Any = None
+    _fastopt_unscales: bool = False
+
+    if not TYPE_CHECKING:  # for a subclass's super(Adam, self).__init__(params, defaults), which is not torch's Adam's
+        __init__ = Optimizer.__init__
+        __setstate__ = Optimizer.__setstate__
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False, also with ``fused=True``: torch.amp.GradScaler unscales, and skips the whole step on overflow.
+
+        A subclass whose own step unscales sets it; what it leaves of that to our step is then torch's.
+        """
+        return self._fastopt_unscales
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self._fastopt_unscales = value
+        self._fastopt_plan = None  # the next one asks why torch's step should run
+
+    # ---- loading
 
     @_disable_dynamo
-    @torch.no_grad()
-    def _make_state(self, missing: list[tuple[Group, Tensor]]) -> None:
-        """Makes the state of parameters at their first step, or a step count that was a number or elsewhere."""
-        if any(param.device.type == "cuda" for _, param in missing) and torch.cuda.is_current_stream_capturing():
-            from .gpu import NOT_WARM
-
-            raise RuntimeError(NOT_WARM)  # a replay would make it again
-        for group, param in missing:
-            state = self.state[param]
-            if self._has_step() and state:
-                state["step"] = _step_count(float(state["step"]), group, param)
-            else:
-                new = self._new_state(group, param)
-                state.update({name: value for name, value in new.items() if state.get(name) is None})
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict()`` of this optimizer or of torch's returned.
 
@@ -101,7 +133,7 @@ class FusedStep(_Base):
             for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
                 for param, key in zip(group["params"], saved["params"], strict=False):
                     if entry := final["state"].get(key):
-                        self._check_loaded({**self.defaults, **saved}, param, key, entry)
+                        _check_loaded(self, {**self.defaults, **saved}, param, key, entry)
                         loaded.append((param, entry))
 
         def restore(_: Optimizer) -> None:
@@ -130,22 +162,17 @@ class FusedStep(_Base):
             for handle in handles:
                 handle.remove()
 
-    def _check_loaded(self, group: Group, param: Tensor, key: Any, entry: dict[str, Any]) -> None:
-        for name in ["step"] * self._has_step() + list(self._slots(group)):
-            value = entry.get(name)
-            if value is None and not self._has_step():
-                continue  # as torch: made at the next step
-            if value is None:
-                found = sorted(str(key) for key, value in entry.items() if value is not None)
-                raise ValueError(f"loaded state of parameter {key} has no {name!r}, only {found}")
-            if name == "step":
-                if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
-                    raise ValueError(f"loaded 'step' of parameter {key} is no number: {value!r}")
-            elif not isinstance(value, Tensor):
-                raise ValueError(f"loaded {name!r} of parameter {key} is no tensor: {value!r}")
-            elif value.shape != param.shape:
-                shapes = f"shape {list(value.shape)}, the parameter {list(param.shape)}"
-                raise ValueError(f"loaded {name!r} of parameter {key} has {shapes}")
+    # ---- zeroing
+
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients of all parameters, as torch.optim.Optimizer.zero_grad does.
+
+        Args:
+            set_to_none: drop them instead of filling them with zeros. Default True.
+        """
+        if _watched() or _C.zero_grad(self, set_to_none):
+            super().zero_grad(set_to_none)
 
     # ---- the step
 
@@ -163,123 +190,189 @@ class FusedStep(_Base):
             KeyError: state of a parameter is incomplete.
             Nothing was changed then.
         """
-        if is_dynamo_compiling():
-            return _untraced_step(self, closure)
-        if (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-            or profiler._is_profiler_enabled
-        ) and type(self).step is FusedStep.step:  # a subclass's own step is wrapped by torch, and runs the hooks
-            return _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
-        return self._step(closure)
+        return _untraced_step(self, closure) if is_dynamo_compiling() else _step(self, closure)
 
-    step.hooked = True  # type: ignore[attr-defined]  # torch shall not wrap it: that costs more than the step of a small model
+    @staticmethod
+    def profile_hook_step(func: Any) -> Any:
+        """What torch puts around a class's step when it makes an object: the profiler's range and the hooks."""
+        return _step_if_unwatched if func is FusedStep.step else Optimizer.profile_hook_step(func)
 
-    def _step(self, closure: Closure | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._gpu is not None:
-            self._gpu.begin(self)
-        rest = _C.step(self)
-        if rest is not None:
-            if type(rest) is tuple and self._gpu is not None and rest[0] != "gpu":
-                self._gpu.run(self, rest)
+
+@functools.wraps(FusedStep.step)
+def _step_if_unwatched(self: Any, closure: Closure | None = None) -> Any:
+    """torch's wrapper of the step, entered where there is something to do in it: it costs more than a small step."""
+    if is_dynamo_compiling():
+        return _untraced_step_if_unwatched(self, closure)
+    if (
+        self._optimizer_step_pre_hooks
+        or self._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or _watched()
+    ):
+        return _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
+    if closure is not None or self._fastopt_gpu is not None:
+        return _step(self, closure)
+    answer = _C.step(self)  # what `_step` would do, without the call; DONE is empty
+    return _follow(self, answer) if answer else None
+
+
+def drop_in(cls: type[Class]) -> type[Class]:
+    """Gives a class the constructor and the `__setstate__` of torch's of the same name as its own.
+
+    But for what the constructor says with ``fused=True``: that the step unscales gradients.
+    """
+    torchs: Any = getattr(torch.optim, cls.__name__)
+    init = torchs.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        said_by_subclass = self._step_supports_amp_scaling
+        init(self, *args, **kwargs)
+        if self._step_supports_amp_scaling != said_by_subclass:
+            self._step_supports_amp_scaling = said_by_subclass
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__setstate__ = torchs.__setstate__  # type: ignore[method-assign]
+    return cls
+
+
+def _step(self: Any, closure: Closure | None) -> Any:
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    if self._fastopt_gpu is not None:
+        self._fastopt_gpu.begin(self)
+    if answer := _C.step(self):
+        _follow(self, answer)
+    return loss
+
+
+def _follow(self: Any, answer: Answer) -> None:
+    """Does what the plan could not: launches, new state, GPU kernels and buffers, torch's own step for a reason."""
+    made: list[tuple[Tensor, dict[str, Any] | None]] = []  # parameters and what their state was before
+    fresh: list[Tensor] = []  # the same parameters, until the plan writes
+    try:
+        while isinstance(answer, (_C.Missing, _C.Wants)):
+            if isinstance(answer, _C.Wants):
+                _prepare_gpu(self, answer.wants)
+            elif made:
+                raise RuntimeError("state could not be made for a parameter: its step count must be a number")
             else:
-                self._finish(rest)
-        return loss
+                fresh = list(dict.fromkeys(param for _, param in answer.params))
+                made = [(param, dict(self.state[param]) if param in self.state else None) for param in fresh]
+                _make_state(self, answer.params)
+            answer = _C.step(self, fresh)
+    except BaseException:
+        if fresh:
+            _unmake_state(self, made)
+        raise
+    if isinstance(answer, _C.LeftToTorch):
+        _unmake_state(self, made)  # torch makes its own
+        _torchs_step(self, answer.reason)
+    elif isinstance(answer, _C.Launches):
+        self._fastopt_gpu.run(self, answer.launches)
 
-    @_disable_dynamo
-    def _finish(self, rest: Any) -> None:
-        """What the plan could not do by itself: new state, GPU kernels and buffers, torch's own step for a reason."""
-        made: list[tuple[Tensor, dict[str, Any] | None]] = []  # parameters and what their state was before
-        fresh: list[Tensor] = []  # the same parameters, until the plan writes
-        try:
-            while isinstance(rest, list) or (isinstance(rest, tuple) and rest[0] == "gpu"):
-                if isinstance(rest, tuple):
-                    self._prepare_gpu(rest[1:])
-                elif made:
-                    raise RuntimeError("state could not be made for a parameter: its step count must be a number")
-                else:
-                    fresh = list(dict.fromkeys(param for _, param in rest))
-                    made = [(param, dict(self.state[param]) if param in self.state else None) for param in fresh]
-                    self._make_state(rest)
-                rest = _C.step(self, fresh)
-        except BaseException:
-            if fresh:
-                self._unmake_state(made)
-            raise
-        if isinstance(rest, str):
-            self._unmake_state(made)  # torch makes its own
-            self._torch_step(rest)
-        elif rest is not None:
-            self._gpu.run(self, rest)
 
-    def _unmake_state(self, made: list[tuple[Tensor, dict[str, Any] | None]]) -> None:
-        for param, before in made:
-            if before is None:
-                self.state.pop(param, None)
-            else:
-                self.state[param].clear()
-                self.state[param].update(before)
+def _prepare_gpu(self: Any, wants: tuple[Want, ...]) -> None:
+    from .gpu import Gpu
 
-    def _prepare_gpu(self, wants: tuple[Any, ...]) -> None:
-        from .gpu import Gpu
+    if self._fastopt_gpu is None:
+        gpu = Gpu(self._fastopt.update)
+        gpu.begin(self)
+        self._fastopt_gpu = gpu
+    self._fastopt_gpu.prepare(self, wants)
 
-        if self._gpu is None:
-            gpu = Gpu(self._update)
-            gpu.begin(self)
-            self._gpu = gpu
-        self._gpu.prepare(self, wants)
 
-    def _torch_step(self, reason: str) -> None:
-        """torch's own step, as a for-loop or foreach: its fused kernels have other bits."""
+def _torchs_step(self: Any, reason: str) -> None:
+    """torch's own step, as a for-loop or foreach: its fused kernels have other bits."""
+    if self._fastopt.torchs_step_because(self) is None:  # else its parts may take what torch's refuse
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
-                if param.grad is not None and (error := self._refusal(group, param)):
+                if param.grad is not None and (error := self._fastopt.refusal(self, group, param)):
                     error.args = (f"{error} (parameter {i} of param group {g})",)
                     raise error
-        bound: Any = super().step
-        own_step = bound.__func__
-        if getattr(own_step, "hooked", False):
-            own_step = own_step.__wrapped__
-        fused = [group for group in self.param_groups if group.get("fused")]
+    self._fastopt.before_torchs_step(self)
+    own_step = super(FusedStep, self).step.__func__
+    if getattr(own_step, "hooked", False):
+        own_step = own_step.__wrapped__
+    unscales = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+    fused = [group for group in self.param_groups if group.get("fused") and not unscales]  # only its kernels unscale
+    for group in fused:
+        group["fused"] = False
+    try:
+        own_step(self)
+    finally:
         for group in fused:
-            group["fused"] = False
-        try:
-            own_step(self)
-        finally:
-            for group in fused:
-                group["fused"] = True
-        torch_steps[f"{type(self).__name__}: {reason}"] += 1
-
-    def _refusal(self, group: Group, param: Tensor) -> Exception | None:
-        """The error that torch's own step would raise half-way, after stepping other parameters."""
-        grad = param.grad
-        assert grad is not None
-        if grad.shape != param.shape:
-            return RuntimeError(f"grad has shape {list(grad.shape)}, the parameter {list(param.shape)}")
-        if grad.device != param.device:
-            return RuntimeError(f"grad is on {grad.device}, the parameter on {param.device}")
-        if grad.is_sparse and not self._takes_sparse:
-            return RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        if grad.is_sparse and group["weight_decay"] != 0:
-            return RuntimeError("weight_decay option is not compatible with sparse gradients")
-        if group.get("capturable") and param.device.type == "cpu":
-            return AssertionError(
-                "If capturable=True, params and state_steps must be on supported devices: cuda, xpu, hpu, ...; not cpu"
-            )
-        return None
+            group["fused"] = True
+    torch_steps[f"{type(self).__name__}: {reason}"] += 1
 
 
-_step_with_hooks = Optimizer.profile_hook_step(FusedStep._step)
-_untraced_step = _disable_dynamo(FusedStep.step)  # not step itself: that would cost every step of a small model 1 us
+# ---- state
 
-if _C is None:
-    delattr(FusedStep, "step")  # without the extension, torch's own is inherited
+
+@_disable_dynamo
+@torch.no_grad()
+def _make_state(self: Any, missing: list[tuple[Group, Tensor]]) -> None:
+    """Makes the state of parameters at their first step, or a step count that was a number or elsewhere."""
+    if any(param.device.type == "cuda" for _, param in missing) and torch.cuda.is_current_stream_capturing():
+        from .gpu import NOT_WARM
+
+        raise RuntimeError(NOT_WARM)  # a replay would make it again
+    for group, param in missing:
+        state = self.state[param]
+        if self._fastopt.has_step and state:
+            state["step"] = _step_count(float(state["step"]), group, param)
+        else:
+            new = _new_state(self, group, param)
+            state.update({name: value for name, value in new.items() if state.get(name) is None})
+
+
+def _new_state(self: Any, group: Group, param: Tensor) -> dict[str, Tensor]:
+    state = {}
+    if self._fastopt.has_step:
+        state["step"] = _step_count(0.0, group, param)
+    for name, value in self._fastopt.slots(self, group).items():
+        state[name] = torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
+    return state
+
+
+def _unmake_state(self: Any, made: list[tuple[Tensor, dict[str, Any] | None]]) -> None:
+    for param, before in made:
+        if before is None:
+            self.state.pop(param, None)
+        else:
+            self.state[param].clear()
+            self.state[param].update(before)
+
+
+def _check_loaded(self: Any, group: Group, param: Tensor, key: Any, entry: dict[str, Any]) -> None:
+    has_step = self._fastopt.has_step
+    for name in ["step"] * has_step + list(self._fastopt.slots(self, group)):
+        value = entry.get(name)
+        if value is None and not has_step:
+            continue  # as torch: made at the next step
+        if value is None:
+            found = sorted(str(key) for key, value in entry.items() if value is not None)
+            raise ValueError(f"loaded state of parameter {key} has no {name!r}, only {found}")
+        if name == "step":
+            if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+                raise ValueError(f"loaded 'step' of parameter {key} is no number: {value!r}")
+        elif not isinstance(value, Tensor):
+            raise ValueError(f"loaded {name!r} of parameter {key} is no tensor: {value!r}")
+        elif value.shape != param.shape:
+            shapes = f"shape {list(value.shape)}, the parameter {list(param.shape)}"
+            raise ValueError(f"loaded {name!r} of parameter {key} has {shapes}")
+
+
+_step_with_hooks = Optimizer.profile_hook_step(FusedStep.step)
+_untraced_step, _untraced_step_if_unwatched = _disable_dynamo(_step), _disable_dynamo(_step_if_unwatched)
+
+if _C is None:  # without the extension, torch's own are inherited
+    del FusedStep.step, FusedStep.zero_grad, FusedStep.profile_hook_step
+else:
+    _watched = _C.watched
 
 
 def _step_count(value: float, group: Group, param: Tensor) -> Tensor:

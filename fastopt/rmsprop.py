@@ -1,13 +1,27 @@
-"""RMSprop: the class and its state. The update is in csrc/optimizers.h and kernels/rmsprop.py."""
+"""RMSprop: the class and its state. The update is in csrc/step/algorithms.h and kernels/rmsprop.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
-from .optimizer import FusedStep, Group, same_dtype
+from .optimizer import Algorithm, FusedStep, Group, drop_in, same_dtype
 
 
+class _Algorithm(Algorithm):
+    update = "rmsprop"
+
+    def slots(self, optimizer: Optimizer, group: Group) -> dict[str, float]:
+        names = ["square_avg"] + ["momentum_buffer"] * (group["momentum"] > 0) + ["grad_avg"] * bool(group["centered"])
+        return dict.fromkeys(names, 0.0)
+
+    def refusal(self, optimizer: Optimizer, group: Group, param: Tensor) -> Exception | None:
+        error = super().refusal(optimizer, group, param)
+        return error or (same_dtype(param) if group["centered"] else None)
+
+
+@drop_in
 class RMSprop(FusedStep, torch.optim.RMSprop):
     """RMSprop: divides the gradient by the root of a running mean of its squares.
 
@@ -56,11 +70,4 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
     tensor([2.0000, 3.0000])
     """
 
-    _update = "rmsprop"
-
-    def _slots(self, group: Group) -> dict[str, float]:
-        names = ["square_avg"] + ["momentum_buffer"] * (group["momentum"] > 0) + ["grad_avg"] * bool(group["centered"])
-        return dict.fromkeys(names, 0.0)
-
-    def _refusal(self, group: Group, param: Tensor) -> Exception | None:
-        return super()._refusal(group, param) or (same_dtype(param) if group["centered"] else None)
+    _fastopt = _Algorithm()

@@ -1,12 +1,23 @@
-"""SGD with momentum: the class and its state. The update is in csrc/optimizers.h and kernels/sgd.py."""
+"""SGD with momentum: the class and its state. The update is in csrc/step/algorithms.h and kernels/sgd.py."""
 
 from __future__ import annotations
 
 import torch
+from torch.optim.optimizer import Optimizer
 
-from .optimizer import FusedStep, Group
+from .optimizer import Algorithm, FusedStep, Group, drop_in
 
 
+class _Algorithm(Algorithm):
+    update = "sgd"
+    has_step = False
+    takes_sparse = True
+
+    def slots(self, optimizer: Optimizer, group: Group) -> dict[str, float]:
+        return {"momentum_buffer": -0.0}  # the first step adds the gradient to it, with its sign of zero
+
+
+@drop_in
 class SGD(FusedStep, torch.optim.SGD):
     """Stochastic gradient descent, with momentum (heavy ball or Nesterov's).
 
@@ -51,11 +62,4 @@ class SGD(FusedStep, torch.optim.SGD):
     tensor([2.4000, 3.2000])
     """
 
-    _update = "sgd"
-    _takes_sparse = True
-
-    def _has_step(self) -> bool:
-        return False
-
-    def _slots(self, group: Group) -> dict[str, float]:
-        return {"momentum_buffer": -0.0}  # the first step adds the gradient to it, with its sign of zero
+    _fastopt = _Algorithm()

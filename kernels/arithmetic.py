@@ -55,7 +55,7 @@ def divisor(number, T: tl.constexpr):
 
 @triton.jit
 def divide_root(root, value, reciprocal, rest):
-    """root / value, rounded once: in fp32 by multiplications, as csrc/optimizers.h explains."""
+    """root / value, rounded once: in fp32 by multiplications, as csrc/step/algorithms.h explains."""
     if value.dtype == tl.float64:
         return root / value
     else:

@@ -5,7 +5,7 @@ knows no optimizer, only modules that have SLOTS, SCALARS, HYPERS, `update` and 
 uploading them, streams and devices are the caller's.
 
     launcher = update_launcher("adam", 0b011, torch.float32, torch.float32, device=0)    # compiles once
-    launcher.launch(programs, stream, work, table, scalars)                              # integers, all of them
+    launcher.launch(programs, stream, work, table, scalars, words)                       # integers, all of them
 
 A launch serves the tensors that share the algorithm, the state slots in use (a bit mask), the dtype of param and grad,
 and the dtype of their state. It reads three arrays in device memory, each aligned to 8 bytes. In one buffer and in
@@ -13,13 +13,17 @@ this order they need one upload, of what lies behind the first change: work chan
 addresses, scalars with every step.
 
     work     int64[programs]              row << 32 | chunk: one program steps the elements from chunk * CHUNK up to
-                                          (chunk + 1) * CHUNK of the tensor in this row of the table. Each chunk of
-                                          each tensor once, in any order.
+                                          (chunk + 1) * CHUNK of the tensor in this row of the table, all moved
+                                          by the few by which it is not aligned. Each chunk of each tensor once, in
+                                          any order.
     table    int64[rows, 4 + len(SLOTS)]  a row per tensor: numel; its row of scalars; the addresses of param and grad;
                                           the address of each state slot in the order of SLOTS, 0 if it is not in use.
                                           All of them dense, in the same element order, aligned to their dtype.
     scalars  T[rows, len(SCALARS)]        in the order of SCALARS; tensors may share a row. T is fp64 for fp64
                                           parameters, else fp32.
+
+Where all tensors share one row of scalars, it comes with the launch, so that nothing needs an upload: the address of
+scalars is 0 then, and `words` are the row's, int64 each, `scalars_words` of them. Else they are zeros.
 
 The host cannot change what a captured graph reads from it, so `prepare` counts the steps and computes the scalars on
 the device, from an array of addresses; the update follows on the same stream and reads row i of scalars for row i.
@@ -42,6 +46,8 @@ CHUNK = 4096  # elements per program: what it does once is then a tenth of Adam'
 THREADS = 128  # per program
 THREAD_BYTES = 32  # of the compute type in a thread's registers, for each tensor: 8 fp32 or 4 fp64 numbers
 VECTOR_BYTES = 16  # the widest load and store
+EVICTION = ""  # of what is loaded and stored from the caches: "evict_first", "evict_last"; to be tuned on hardware
+AN_INT64 = 2**62 + 1  # that Triton takes for no narrower integer and no multiple of anything
 
 
 @triton.jit
@@ -50,62 +56,91 @@ def _pointer(address, base, dtype: tl.constexpr):
 
 
 @triton.jit
-def _aligned_pointer(address, base, dtype: tl.constexpr):
+def _aligned_pointer(address, base, dtype: tl.constexpr, VEC: tl.constexpr):
     # Triton takes the hint only on a pointer, and only where it is made. Without it nothing is 128 bits wide.
-    return tl.multiple_of(address.to(tl.pointer_type(dtype)) + base, 16)
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)) + base, VEC * (dtype.primitive_bitwidth // 8))
+
+
+@triton.jit
+def _off(address, dtype: tl.constexpr, VEC: tl.constexpr):
+    """How many elements an address is behind one at which a vector may begin."""
+    itemsize: tl.constexpr = dtype.primitive_bitwidth // 8
+    return (address & (VEC * itemsize - 1)) // itemsize
+
+
+@triton.jit
+def _scalar(words, i: tl.constexpr, T: tl.constexpr):
+    if T == tl.float64:
+        return words[i].to(tl.float64, bitcast=True)
+    else:
+        return (words[i // 2] >> 32 * (i % 2)).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _step(param_ptr, grad_ptr, state_ptrs, offsets, mask, h,
-          update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, T: tl.constexpr):
-    param = tl.load(param_ptr + offsets, mask).to(T)
-    grad = tl.load(grad_ptr + offsets, mask).to(T)
+          update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, T: tl.constexpr, EVICTION: tl.constexpr):
+    param = tl.load(param_ptr + offsets, mask, eviction_policy=EVICTION).to(T)
+    grad = tl.load(grad_ptr + offsets, mask, eviction_policy=EVICTION).to(T)
     state = ()
     for slot in tl.static_range(SLOTS):
-        state = state + (tl.load(state_ptrs[slot] + offsets, mask).to(T) if (USED >> slot) & 1 else 0,)
+        if (USED >> slot) & 1:
+            state = state + (tl.load(state_ptrs[slot] + offsets, mask, eviction_policy=EVICTION).to(T),)
+        else:
+            state = state + (0,)
     param, state = update(param, grad, state, h, USED)
-    tl.store(param_ptr + offsets, param.to(param_ptr.dtype.element_ty), mask)
+    tl.store(param_ptr + offsets, param.to(param_ptr.dtype.element_ty), mask, eviction_policy=EVICTION)
     for slot in tl.static_range(SLOTS):
         if (USED >> slot) & 1:
-            tl.store(state_ptrs[slot] + offsets, state[slot].to(state_ptrs[slot].dtype.element_ty), mask)
+            value = state[slot].to(state_ptrs[slot].dtype.element_ty)
+            tl.store(state_ptrs[slot] + offsets, value, mask, eviction_policy=EVICTION)
 
 
-@triton.jit(do_not_specialize=["work", "table", "scalars"])
-def multi_tensor_update(work, table, scalars,
+@triton.jit(do_not_specialize=["work", "table", "scalars", "words"])
+def multi_tensor_update(work, table, scalars, words,
                         update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, SCALARS: tl.constexpr,
                         PARAM: tl.constexpr, STATE: tl.constexpr,
-                        CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr):
+                        CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr,
+                        EVICTION: tl.constexpr):
     """One program: one chunk of one tensor, BLOCK elements at a time in vectors of VEC, the rest TAIL at a time."""
     T: tl.constexpr = scalars.dtype.element_ty
     entry = tl.load(work + tl.program_id(0))
     row = table + (entry >> 32) * (4 + SLOTS)
     base = (entry & 0xffffffff) * CHUNK
-    numel = tl.minimum(tl.load(row) - base, CHUNK).to(tl.int32)
+    numel = tl.load(row) - base
+    in_memory = scalars.to(tl.int64) != 0
     scalars += tl.load(row + 1) * SCALARS
     h = ()
     for i in tl.static_range(SCALARS):
-        h = h + (tl.load(scalars + i),)
+        h = h + (tl.load(scalars + i, in_memory, _scalar(words, i, T)),)
     param = tl.load(row + 2)
     grad = tl.load(row + 3)
-    bits = param | grad
+    off = _off(param, PARAM, VEC)
+    unlike = off ^ _off(grad, PARAM, VEC)
     state = ()
     for slot in tl.static_range(SLOTS):
         address = tl.load(row + 4 + slot)
-        bits |= address
+        if (USED >> slot) & 1:
+            unlike |= off ^ _off(address, STATE, VEC)
         state = state + (address,)
 
-    vectors = numel // VEC
-    if (bits & 15) != 0:
-        vectors = 0  # not all are aligned: one by one then
-    param_ptr = _aligned_pointer(param, base, PARAM)
-    grad_ptr = _aligned_pointer(grad, base, PARAM)
-    state_ptrs = [_aligned_pointer(address, base, STATE) for address in state]
+    # Operands that are off by as many elements have their vectors at the same places: from `off` elements before the
+    # tensor on. There its chunks begin, and the last one, which would lose as many at its end, keeps them. The vector
+    # of the elements `before` the tensor is left out; its own ones are stepped with the rest, one by one.
+    off = tl.where(unlike == 0, off, 0)
+    numel = tl.where(numel > CHUNK, CHUNK, numel + off).to(tl.int32)
+    base -= off
+    before = tl.where(base < 0, off, 0).to(tl.int32)
+    vectors = tl.where(unlike == 0, numel // VEC, 0)
+    first = tl.where(before == 0, 0, 1)
+    param_ptr = _aligned_pointer(param, base, PARAM, VEC)
+    grad_ptr = _aligned_pointer(grad, base, PARAM, VEC)
+    state_ptrs = [_aligned_pointer(address, base, STATE, VEC) for address in state]
     # The mask must be constant along a vector, and be seen to be: a mask on the rows of a two-dimensional block is.
     vector = tl.arange(0, BLOCK // VEC)[:, None]
     column = tl.arange(0, VEC)[None, :]
     for start in range(0, vectors, BLOCK // VEC):
-        _step(param_ptr, grad_ptr, state_ptrs, vector * VEC + column, (start + vector < vectors) & (column >= 0),
-              h, update, USED, SLOTS, T)
+        mask = (start + vector >= first) & (start + vector < vectors) & (column >= 0)
+        _step(param_ptr, grad_ptr, state_ptrs, vector * VEC + column, mask, h, update, USED, SLOTS, T, EVICTION)
         param_ptr += BLOCK
         grad_ptr += BLOCK
         state_ptrs = [pointer + BLOCK for pointer in state_ptrs]
@@ -113,9 +148,12 @@ def multi_tensor_update(work, table, scalars,
     param_ptr = _pointer(param, base, PARAM)
     grad_ptr = _pointer(grad, base, PARAM)
     state_ptrs = [_pointer(address, base, STATE) for address in state]
-    for start in range(vectors * VEC, numel, TAIL):
+    covered = tl.maximum(vectors - first, 0) * VEC  # by vectors
+    for start in range(0, numel - covered, TAIL):
         offsets = start + tl.arange(0, TAIL)
-        _step(param_ptr, grad_ptr, state_ptrs, offsets, offsets < numel, h, update, USED, SLOTS, T)
+        offsets += tl.where(offsets < first * VEC, 0, covered)
+        _step(param_ptr, grad_ptr, state_ptrs, offsets, (offsets < numel) & (offsets >= before),
+              h, update, USED, SLOTS, T, EVICTION)
 
 
 @triton.jit
@@ -161,23 +199,23 @@ def multi_tensor_prepare(hypers, scalars, compute: tl.constexpr, HYPERS: tl.cons
 class Launcher:
     """A kernel compiled for the current device and loaded there; `launch` does not compile, check, allocate or wait."""
 
-    def __init__(self, kernel, pointers, constants, warps):
+    def __init__(self, kernel, arguments, constants, warps):
         # `/` and `sqrt` are never fused, but a * b + c would be.
-        self.compiled = kernel.warmup(*pointers, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=False)
+        self.compiled = kernel.warmup(*arguments, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=False)
         self._run = self.compiled.run  # loads it
         self._kernel = (self.compiled.function, self.compiled.packed_metadata, None, None, None)  # no profiler's hooks
         self._constants = constants
 
-    def launch(self, programs, stream, *addresses):
+    def launch(self, programs, stream, *arguments):
         """Run `programs` > 0 programs on `stream` (its handle) of the device, on arrays at these addresses on it."""
-        self._run(programs, 1, 1, stream, *self._kernel, *addresses, *self._constants)
+        self._run(programs, 1, 1, stream, *self._kernel, *arguments, *self._constants)
 
 
 @functools.cache
 def update_launcher(algorithm, used, dtype, state_dtype, device):
-    """The Launcher of (work, table, scalars) for a module of this package, a mask of its SLOTS and two torch dtypes.
+    """The Launcher of (work, table, scalars, words) for a module of this package, a mask of its SLOTS and two dtypes.
 
-    device is the index of the device, which must be the current one.
+    The dtypes are torch's; device is the index of the device, which must be the current one.
     """
     return Launcher(*update_kernel(algorithm, used, dtype, state_dtype, driver.active.get_current_target().warp_size))
 
@@ -189,15 +227,19 @@ def prepare_launcher(algorithm, dtype, device):
 
 
 def update_kernel(algorithm, used, dtype, state_dtype, warp_size):
-    """What there is to compile: the kernel, the dtypes behind its pointers, its constants, and warps per program."""
+    """What there is to compile: the kernel, arguments like those of a launch, its constants, and warps per program.
+
+    A pointer is given by the dtype behind it.
+    """
     module = importlib.import_module(f".{algorithm}", __package__)
     compute = compute_dtype(dtype)
     block = THREADS * THREAD_BYTES // compute.itemsize
     vector = VECTOR_BYTES // max(dtype.itemsize, state_dtype.itemsize)
     tail = THREADS  # no fewer, or several threads would do the same element
     constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
-                 CHUNK, block, vector, tail)
-    return multi_tensor_update, (torch.int64, torch.int64, compute), constants, THREADS // warp_size
+                 CHUNK, block, vector, tail, EVICTION)
+    words = scalars_words(algorithm, dtype) * (AN_INT64,)
+    return multi_tensor_update, (torch.int64, torch.int64, compute, words), constants, THREADS // warp_size
 
 
 def prepare_kernel(algorithm, dtype):
@@ -205,6 +247,17 @@ def prepare_kernel(algorithm, dtype):
     module = importlib.import_module(f".{algorithm}", __package__)
     constants = (module.scalars, len(module.HYPERS), len(module.SCALARS))
     return multi_tensor_prepare, (torch.int64, compute_dtype(dtype)), constants, 1
+
+
+def table_columns(algorithm):
+    """How many words a row of the table has."""
+    return 4 + len(importlib.import_module(f".{algorithm}", __package__).SLOTS)
+
+
+def scalars_words(algorithm, dtype):
+    """How many words of 8 bytes a row of scalars takes."""
+    module = importlib.import_module(f".{algorithm}", __package__)
+    return -(-len(module.SCALARS) * compute_dtype(dtype).itemsize // 8)
 
 
 def compute_dtype(dtype):

@@ -1,6 +1,6 @@
 """RMSprop in Triton: the update of a block of values, and the scalars of a step for a captured graph.
 
-Names, statements and their order are those of csrc/optimizers.h; docs/numerics.md gives the reasons.
+Names, statements and their order are those of csrc/step/algorithms.h; docs/numerics.md gives the reasons.
 """
 
 import triton

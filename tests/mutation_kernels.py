@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from fastopt.kernels import multi_tensor
 from fastopt.kernels.multi_tensor import CHUNK
 
-from tests.test_kernels import F32, Tensors, in_one_buffer
+from tests.test_kernels import F32, ROWS, Tensors, in_one_buffer
 from tests.tools import driver, ptx
 
 KERNEL = ("adam", 0b011, F32, F32)
@@ -88,6 +88,7 @@ HARMLESS = [
         r".*, 4294967294;",
         "lerp_from_grad is 0 or 1: its sign and its lowest bit are never set",
     ),
+    (r"and\.b64 .*, 12; .*", r".*, 13;", "the address of a float32 is a multiple of 4: its lowest bits are 0"),
     (r"and\.b64 .*, 17592186040320;.*", r".*, 17592186040321;", "these bits of the chunk times CHUNK are 0"),
     (
         r"fma\.rn\.f32 .*\['fma\.rn\.f32', 'neg\.f32'\]",
@@ -129,14 +130,17 @@ class Checks:
     """What test_kernels.py does to this kernel, in a few launches."""
 
     def __init__(self):
-        # each row of hyper-parameters on a whole block and a tail; each tensor off alignment, the one before it on it
-        sizes = [CHUNK + extra for extra in (3, 2, 1, 130)] + [129, 1, 131, 5, 130, CHUNK - 1, CHUNK + 5, CHUNK + 7, 0]
+        # each row of hyper-parameters on a whole block and a tail; each tensor off alignment, the one before it on it,
+        # and all of them alike
+        sizes = [CHUNK + extra for extra in (3, 2, 1, 130)] + [129, 1, 131, 5, 130]
+        sizes += [CHUNK + extra for extra in (-1, 5, 7, 0)]
         aligned = (0, 0, 0, 0)
         offsets = 4 * [aligned] + [(1, 0, 0, 0), aligned, (0, 1, 0, 0), aligned, (0, 0, 1, 0), aligned, (0, 0, 0, 1)]
-        offsets += [(4, 4, 4, 4), aligned]
+        offsets += [(1, 1, 1, 1), (3, 3, 3, 3)]
         self.launches = [
             (Tensors(KERNEL, sizes, offsets), 0),
             (Tensors(KERNEL, [64, 61, 70, 67, 132], special=True), 0),
+            *((Tensors(KERNEL, [131, CHUNK], only=only), 0) for only in range(len(ROWS[KERNEL[0]]))),
             (Tensors(KERNEL, [CHUNK + 7, 5]), 2**31 + 3),
         ]
         self.expected = [tensors.expected() for tensors, _ in self.launches]
@@ -170,7 +174,9 @@ class Checks:
             ranges = [(address, len(part)) for address, part in zip(addresses, arrays, strict=True)]
             ranges += [tensor for row in tensors.tensors for tensor in row]
             machine = ptx.Machine(kernel, ranges=ranges, races=True, counts=True, steps=5000)
-            parameters = [address.to_bytes(8, "little") for address in (*addresses, 0, 0)]
+            addresses, words = tensors.with_scalars(addresses, arrays[2])
+            numbers = (*addresses, *words, 0, 0)
+            parameters = [number.to_bytes(8, "little", signed=True) for number in numbers]
             machine.launch((len(arrays[0]) // 8,), parameters, threads=multi_tensor.THREADS)
             tensors.compare(expected)
             widths += Counter({op: n for op, n in machine.instructions.items() if re.match(r"(ld|st)\.global\.v", op)})

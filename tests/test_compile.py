@@ -3,12 +3,15 @@
 The step itself is not traced: it is one call into C++ or one launch already, and runs between the compiled parts.
 """
 
+import copy
 import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastopt
 
 from .optimizers import ROWS
 from .reference import assert_same_bits, snapshot
@@ -102,6 +105,97 @@ def test_step_compiled_by_itself(row):
         found.append({**snapshot(optimizer), "loss": float(step(closure))})
         runs.append(found)
     assert_same_bits(*runs, row.name)
+
+
+def load(optimizer, saved, extra):
+    optimizer.load_state_dict(saved)
+
+
+def save(optimizer, saved, extra):
+    return optimizer.state_dict()
+
+
+def add(optimizer, saved, extra):
+    optimizer.add_param_group({"params": [extra], "lr": 0.5})
+
+
+def zero(optimizer, saved, extra):
+    optimizer.zero_grad()
+
+
+def make(optimizer, saved, extra):
+    return type(optimizer)([extra])
+
+
+def step_with_hooks(optimizer, saved, extra):
+    def hook(*_):
+        extra.data.add_(1)
+
+    optimizer.register_step_pre_hook(hook)
+    optimizer.register_step_post_hook(hook)
+    optimizer.step()
+
+
+def step_of_a_subclass(optimizer, saved, extra):
+    class Sub(type(optimizer)):
+        def step(self, closure=None):
+            extra.data.add_(1)
+            return super().step(closure)
+
+    sub = Sub([extra])
+    extra.grad = torch.ones(3)
+    sub.step()
+
+
+METHODS = (load, save, add, zero, make, step_with_hooks, step_of_a_subclass)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_methods_inside_a_compiled_function(row, method):
+    """Leave param groups, state and later steps as they do outside: torch shields them from Dynamo, and so do we."""
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        params, extra = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 2))], nn.Parameter(torch.randn(3))
+        optimizer = row.ours([{"params": [param]} for param in params], **row.plain)
+
+        def train(optimizer=optimizer):
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = torch.randn(param.shape)
+            optimizer.step()
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            return {**snapshot(optimizer), "groups": groups, "extra": extra.detach().clone()}  # noqa: B023
+
+        found = [train()]
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["lr"] = 0.25
+        found.append(train())
+
+        def call(x, optimizer=optimizer, saved=saved, extra=extra):
+            y = x * 2
+            method(optimizer, saved, extra)
+            return y + 1
+
+        (torch.compile(call, backend="eager") if compiled else call)(torch.ones(2))
+        runs.append([*found, train(), train()])
+    assert_same_bits(*runs, row.name)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_what_torch_shields_from_dynamo_is_shielded(row):
+    """Whatever we override of that."""
+
+    def is_shielded(function):
+        return function.__code__.co_filename == torch._disable_dynamo.__code__.co_filename
+
+    shielded = [
+        name for name, value in vars(torch.optim.Optimizer).items() if hasattr(value, "__code__") and is_shielded(value)
+    ]
+    assert {"state_dict", "load_state_dict", "add_param_group"} <= {*shielded}
+    assert all(is_shielded(getattr(row.ours, name)) for name in shielded)
+    assert "load_state_dict" in vars(fastopt.optimizer.FusedStep)
 
 
 @every_row

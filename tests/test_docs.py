@@ -8,7 +8,7 @@ from pathlib import Path
 import fastopt
 
 TESTS = Path(__file__).parent
-COMPLETE = ("dropin", "checkpoints", "compile", "distributed", "frameworks", "memory")
+COMPLETE = ("dropin", "clients", "checkpoints", "compile", "distributed", "frameworks", "memory")
 
 
 def test_features_and_tests():

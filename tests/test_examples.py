@@ -93,13 +93,15 @@ def test_demo(script, tmp_path, colours):
     picture = tmp_path / "out" / "demo.png"
     assert "picture: out/demo.png" in text.replace(os.sep, "/")
     optimizers = [colours.COLOURS[name] for name in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")]
-    assert_drawn(picture, colours.TORCH, colours.TORCH_FUSED, least=10_000)
-    assert_drawn(picture, colours.FASTOPT, *optimizers, least=500)
+    bars = colours.TORCH, colours.TORCH_FUSED, colours.FASTOPT  # how high they are is a matter of speed
+    assert_drawn(picture, *bars, *optimizers, least=500)
 
 
 def test_scalars(script, functions, tmp_path, colours):
     text = script("01_scalars.py")
-    assert text.count("bit for bit: yes") == 3
+    assert text.count("square roots, bit for bit: yes") == 3
+    distances = re.findall(r"torch.optim as it is on this machine: (\S+)", text)
+    assert len(distances) == 3 and all(float(distance) < 1e-4 for distance in distances)
     tables = [np.array([numbers(line) for line in part.splitlines() if re.match(r" +\d", line)])
               for part in text.split("loss = ")[1:]]
     square, both, detached = tables

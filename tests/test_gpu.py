@@ -5,6 +5,7 @@ can show is in test_gpu_hardware.py.
 """
 
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -12,7 +13,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -76,7 +79,7 @@ def params_of(optimizer):
 
 
 def buckets(optimizer):
-    return list(optimizer._gpu.buckets.values())
+    return list(optimizer._fastopt_gpu.buckets.values())
 
 
 # ---- every optimizer, option and dtype: the bits of the C++ backend
@@ -248,7 +251,7 @@ def test_one_program_for_each_chunk(row, idle_gpu):
     optimizer.step()
     (bucket,) = buckets(optimizer)
     module = importlib.import_module(f"fastopt.kernels.{row.module}")
-    ((_, programs, table_at, scalars_at, *_),) = fastopt._C.step(optimizer)
+    ((_, programs, table_at, scalars_at, *_),) = fastopt._C.step(optimizer).launches
     words = bucket.buffer.tolist()
     table = [words[at : at + 4 + len(module.SLOTS)] for at in range(table_at, scalars_at, 4 + len(module.SLOTS))]
     chunks = [(number, at) for number, p in enumerate(params_of(optimizer)) for at in range(-(-p.numel() // CHUNK))]
@@ -275,13 +278,17 @@ def test_lr_changes_and_growing_steps_compile_nothing(row, idle_gpu, monkeypatch
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @every_row
-def test_only_changes_are_uploaded(row, idle_gpu):
+def test_only_changes_are_uploaded(row, groups, idle_gpu):
+    """One row of scalars comes with the launch: a step with stable addresses uploads nothing at all."""
     optimizer = of_workload(row, "gpt2")
+    if groups == 1:
+        optimizer.param_groups[0]["params"] += optimizer.param_groups.pop()["params"]
     params = params_of(optimizer)
     module = importlib.import_module(f"fastopt.kernels.{row.module}")
-    columns, rows_of_scalars = 4 + len(module.SLOTS), 2
-    scalars = rows_of_scalars * len(module.SCALARS) * 4 // 8
+    columns = 4 + len(module.SLOTS)
+    scalars = groups * len(module.SCALARS) * 4 // 8 if groups > 1 else 0
 
     def uploaded():
         before = bucket.uploads, bucket.uploaded_words
@@ -295,8 +302,8 @@ def test_only_changes_are_uploaded(row, idle_gpu):
     uploaded()  # without momentum's first step
     uploads, words = uploaded()
     counts_steps = row.name in ("Adam", "AdamW", "Adagrad")  # their scalars depend on the step
-    assert uploads == counts_steps and words <= scalars
-    assert (words > 0) == counts_steps
+    assert uploads == (counts_steps and groups > 1) and words <= scalars
+    assert (words > 0) == uploads
     params[-1].grad = params[-1].grad.clone()
     assert uploaded() <= (1, columns + scalars)
     params[-3].grad = params[-3].grad.clone()
@@ -305,7 +312,31 @@ def test_only_changes_are_uploaded(row, idle_gpu):
     for group in optimizer.param_groups:
         group["lr"] *= 0.5
     uploads, words = uploaded()
-    assert uploads == 1 and 0 < words <= scalars
+    assert uploads == (groups > 1) and words <= scalars
+    assert (words > 0) == uploads
+
+
+@every_row
+def test_one_row_of_scalars_becomes_two_and_one_again(row, gpu):
+    """A group that is frozen, has a step count of its own, or another lr: with the bits of the CPU step."""
+
+    def steps():
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size)) for size in (5, CHUNK + 3)]
+        optimizer = row.ours([{"params": params[:1]}, {"params": params[1:], "lr": 0.3}], **row.plain)
+        found = []
+        for frozen in ((0,), (0,), (), (1,), (), (0, 1), (), (0,)):
+            for number, param in enumerate(params):
+                param.grad = None if number in frozen else torch.randn(param.shape)
+            optimizer.param_groups[1]["lr"] *= 0.9
+            optimizer.step()
+            found.append(snapshot(optimizer))
+        return found
+
+    actual = steps()
+    assert {launch.parameters[2] == bytes(8) for launch in gpu.launches} == {True, False}
+    fastopt._C.set_gpu_type("cuda")
+    assert_same_bits(actual, steps(), row.name)
 
 
 @every_row
@@ -344,9 +375,10 @@ def test_memory_that_a_copy_may_still_read_is_not_written(gpu, monkeypatch):
         optimizer.step()
         assert all(torch.equal(staging.memory, content) for staging, content in before)
 
-    param = torch.nn.Parameter(torch.ones(40))
-    optimizer = fastopt.Adam([param], lr=0.1)
-    param.grad = torch.full_like(param, 0.5)
+    params = [torch.nn.Parameter(torch.ones(40)) for _ in range(2)]
+    optimizer = fastopt.Adam([{"params": [param]} for param in params], lr=0.1)  # two rows of scalars
+    for param in params:
+        param.grad = torch.full_like(param, 0.5)
     optimizer.step()
     (bucket,) = buckets(optimizer)
     (first,) = bucket.staging
@@ -434,6 +466,12 @@ def test_capturable_takes_tensors_and_steps_of_its_own(row, gpu):
     assert results[1][1] == results[0][1]
 
 
+class Recorded(NamedTuple):
+    function: Callable
+    arguments: tuple
+    run: Callable
+
+
 class Graph:
     """What a CUDA graph does with copies and launches: none runs at the capture, all of them at each replay."""
 
@@ -443,7 +481,11 @@ class Graph:
     @contextlib.contextmanager
     def capture(self):
         def record(function):
-            return lambda *args, **options: self.work.append(lambda: function(*args, **options))
+            def add(*arguments, **options):
+                work = functools.partial(function, *arguments, **options)
+                self.work.append(Recorded(function, arguments, work))
+
+            return add
 
         with self.monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -452,13 +494,13 @@ class Graph:
             yield
 
     def replay(self):
-        for run in self.work:
-            run()
+        for recorded in self.work:
+            recorded.run()
 
 
 @capturable_rows
 def test_graphs_replay_steps(row, gpu, monkeypatch):
-    """Two graphs, steps between their replays, one lr for all: as the same steps without graphs."""
+    """Two graphs of unlike tensors, steps between their replays, one lr: as the same steps without graphs."""
 
     def run(use_graphs):
         torch.manual_seed(0)
@@ -471,6 +513,8 @@ def test_graphs_replay_steps(row, gpu, monkeypatch):
         def step_with(number):
             for param, grad in zip(params, grads[number], strict=True):
                 param.grad = grad
+            if number == 2:
+                params[1].grad = None
             optimizer.step()
 
         def fill():
@@ -482,7 +526,7 @@ def test_graphs_replay_steps(row, gpu, monkeypatch):
         step_with(0)
         ways = [lambda number=number: step_with(number) for number in range(3)]
         if use_graphs:
-            monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+            monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
             monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
             for number in (1, 2):
                 graph = Graph(monkeypatch)
@@ -490,7 +534,7 @@ def test_graphs_replay_steps(row, gpu, monkeypatch):
                 with graph.capture():
                     step_with(number)
                 assert_same_bits(snapshot(optimizer), before, row.name)
-                assert [optimizer._gpu._in_graph, bool(graph.work)] == [True, True]
+                assert [optimizer._fastopt_gpu._in_graph, bool(graph.work)] == [True, True]
                 ways[number] = graph.replay
         for number in (1, 2, 0, 1, 0, 0, 2, 2, 0):
             fill()
@@ -500,11 +544,98 @@ def test_graphs_replay_steps(row, gpu, monkeypatch):
     assert_same_bits(run(True), run(False), row.name)
 
 
+def captured_words(monkeypatch, optimizer):
+    """Captures a step: how many words each replay uploads, and how many captures must be held for it that were not."""
+    monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
+    before, graph = len(backend._held_for_graphs), Graph(monkeypatch)
+    with graph.capture():
+        optimizer.step()
+    copies = [work for work in graph.work if work.function is torch.Tensor.copy_]
+    return sum(work.arguments[0].numel() for work in copies), len(backend._held_for_graphs) - before
+
+
+@capturable_rows
+def test_a_graph_uploads_what_can_differ(row, idle_gpu, monkeypatch):
+    """Not the list of work, unless it is another than that of the step before; and graphs that are alike share it."""
+    params = [torch.nn.Parameter(torch.zeros(size)) for size in (40 * CHUNK, 7)]
+    optimizer = row.ours(params, **row.plain, capturable=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    module = importlib.import_module(f"fastopt.kernels.{row.module}")
+    a_row, numbers = 4 + len(module.SLOTS) + 1 + len(module.HYPERS), len(module.HYPERS)
+    assert captured_words(monkeypatch, optimizer) == (2 * a_row + numbers, 1)
+    assert captured_words(monkeypatch, optimizer) == (2 * a_row + numbers, 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    optimizer.step()
+    assert captured_words(monkeypatch, optimizer) == (2 * a_row + numbers, 0)
+    params[0].grad = params[0].grad.clone()
+    assert captured_words(monkeypatch, optimizer) == (2 * a_row + numbers, 1)
+    params[1].grad = None
+    assert captured_words(monkeypatch, optimizer) == (40 + a_row + numbers, 1)
+
+
+@every_row
+def test_a_buffer_is_kept_for_every_stream_that_uses_it(row, idle_gpu, monkeypatch):
+    """Memory is handed out again when what its own stream was sent is done, unless it is told of another stream."""
+    recorded, stream = [], 0
+    idle_gpu.get_current_stream = lambda device: stream
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recorded.append((tensor, stream)))
+    optimizer, params = stepped(row)
+    (bucket,) = buckets(optimizer)
+    assert not recorded
+    first = bucket.buffer
+    for used in (7, 7, 0, 9, 7):
+        stream = used
+        optimizer.step()
+    assert [(tensor is first, used) for tensor, used in recorded] == [(True, 7), (True, 9)]
+    added = torch.nn.Parameter(torch.ones(CHUNK * 9))
+    added.grad = torch.ones_like(added)
+    optimizer.add_param_group({"params": [added]})
+    optimizer.step()  # the buffer grows on stream 7
+    assert bucket.buffer is not first and len(recorded) == 2
+    stream = 9
+    optimizer.step()
+    assert len(recorded) == 3 and recorded[-1][0] is bucket.buffer and recorded[-1][1] == 9
+
+
+def test_events_are_queried_and_memory_is_locked_whatever_another_thread_captures(gpu, monkeypatch):
+    """Both would break a capture in the default mode; the mode of this thread is relaxed meanwhile, and only then."""
+    modes, mode = [], 0
+
+    def exchange(pointer):
+        nonlocal mode
+        pointer._obj.value, mode = mode, pointer._obj.value
+
+    class Event:
+        def query(self):
+            modes.append(mode)
+            return False
+
+        def record(self):
+            pass
+
+    def empty(*args, make=torch.empty, **options):
+        modes.append(mode) if "pin_memory" in options else None
+        return make(*args, **options)
+
+    monkeypatch.setattr(backend, "_exchange_capture_mode", lambda: exchange)
+    monkeypatch.setattr(torch, "empty", empty)
+    optimizer, params = stepped(next(row for row in ROWS if row.name == "Adam"))
+    for _ in range(3):
+        for staging in buckets(optimizer)[0].staging:
+            staging.copied = Event()
+        params[0].grad = params[0].grad.clone()
+        optimizer.step()
+    assert len(modes) == 1 + 3 + 3 and set(modes) == {backend.CAPTURE_MODE_RELAXED} and mode == 0
+
+
 @capturable_rows
 def test_capture_before_a_first_step_is_refused(row, gpu, monkeypatch):
     """State and buffers made in a graph would be made again at each replay."""
     optimizer, params = stepped(row, capturable=True)
-    monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+    monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
     new = torch.nn.Parameter(torch.ones(CHUNK * 9))
     new.grad = torch.ones_like(new)
     optimizer.add_param_group({"params": [new]})
@@ -522,7 +653,7 @@ def test_options_that_change_on_the_way_to_a_capture(row, gpu, monkeypatch):
     optimizer, params = stepped(row)
     optimizer.param_groups[0]["capturable"] = True
     optimizer.step()
-    monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+    monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
     graph = Graph(monkeypatch)
     before = [param.detach().clone() for param in params]
     with graph.capture():
@@ -700,14 +831,14 @@ def test_capture_is_refused(row, gpu, monkeypatch):
     new.grad = torch.ones(3)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(backend.Gpu, "_on_cuda", True, raising=False)
-    monkeypatch.setattr(optimizer._gpu, "_on_cuda", True)
+    monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
     with pytest.raises(RuntimeError, match=why):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before, row.name)
     monkeypatch.setattr(fastopt._C, "gpu_type", lambda: "cuda")
     with pytest.raises(RuntimeError, match=why):
         first.step()
-    assert torch.equal(new.detach(), torch.ones(3)) and len(first.state) == entries and first._gpu is None
+    assert torch.equal(new.detach(), torch.ones(3)) and len(first.state) == entries and first._fastopt_gpu is None
     assert len(gpu.launches) == launches
 
 
@@ -753,6 +884,108 @@ def test_triton_is_wanted_for_gpu_tensors_only():
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr
 
 
+ON_THE_STUB = """
+import sys, torch, triton, fastopt
+from tests.tools import stub_driver
+
+def optimizer(dtypes):
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return fastopt.Adam(params, lr=0.1)
+
+def refused(kind):
+    try:
+        kind.step()
+    except RuntimeError as error:
+        return " ".join(str(error).split())
+    raise AssertionError("stepped")
+
+with stub_driver.installed() as stub:
+    fastopt._C.set_gpu_type("cpu")
+"""
+FAILED_LAUNCH = """
+    both = optimizer([torch.float32, torch.bfloat16])
+    both.step()
+    stub.fail_launches(719)  # CUDA_ERROR_LAUNCH_FAILED
+    text = refused(both)
+    assert "launch 1 of 2 of adam's kernel, on cpu:0: Triton Error [CUDA]: an error of the stub" in text, text
+    assert [state["step"].item() for state in both.state.values()] == [1, 1]
+    stub.fail_launches(0)
+    both.step()
+    assert [state["step"].item() for state in both.state.values()] == [2, 2]
+"""
+NO_KERNEL = """
+    {prepare}
+    first = optimizer([torch.float32])
+    for _ in range(2):
+        text = refused(first)
+        assert "could not make fastopt's kernel of adam for cpu:0: {error}" in text, text
+        assert not first.state
+"""
+on_the_stub = pytest.mark.skipif(
+    torch.cuda.is_available() or shutil.which(os.environ.get("CC", "cc")) is None,
+    reason="there is a GPU, or no C compiler to build the stub with",
+)
+
+
+def run_on_the_stub(body, **environment):
+    done = python("-c", ON_THE_STUB + body + "print('done')", **environment)
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr
+
+
+@on_the_stub
+def test_a_launch_that_fails_says_so():
+    """And the step after it counts on from where the one before it was."""
+    run_on_the_stub(FAILED_LAUNCH)
+
+
+CAPTURE_MODE = """
+    import ctypes
+    from fastopt import gpu
+
+    def mode(new):
+        found = ctypes.c_int(new)
+        gpu._exchange_capture_mode()(ctypes.byref(found))
+        return found.value
+
+    with gpu._ThreadMayUseCuda():
+        assert mode(gpu.CAPTURE_MODE_RELAXED) == gpu.CAPTURE_MODE_RELAXED
+    assert mode(1) == 0
+    with gpu._ThreadMayUseCuda():
+        pass
+    assert mode(0) == 1
+"""
+
+
+@on_the_stub
+def test_capture_mode_of_the_thread():
+    """As the driver's function has it: 2 meanwhile, and then what it was."""
+    run_on_the_stub(CAPTURE_MODE)
+
+
+@on_the_stub
+def test_kernels_that_triton_cannot_make(tmp_path):
+    """A cache that cannot be written, no ptxas: what is missing is named, and nothing was changed."""
+    cache = tmp_path / "file" / "cache"
+    (tmp_path / "file").write_text("in the way of a folder")
+    in_the_cache = f"triton.knobs.cache.dir = {str(cache)!r}"
+    run_on_the_stub(NO_KERNEL.format(prepare=in_the_cache, error="NotADirectoryError"))
+    no_ptxas = "triton.knobs.NvidiaTool.from_path = staticmethod(lambda path: None)"
+    new_cache = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    run_on_the_stub(NO_KERNEL.format(prepare=no_ptxas, error="RuntimeError: Cannot find ptxas"), **new_cache)
+
+
+@on_the_stub
+def test_two_processes_with_one_cache(tmp_path):
+    """Two programs on a GPU, both new: each makes the kernels, in one folder, and steps."""
+    body = "    [optimizer([torch.float32, torch.bfloat16, torch.float64]).step() for _ in range(2)]\n"
+    command = [sys.executable, "-c", ON_THE_STUB + body + "print('done')"]
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    running = [subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=300)[0] for process in running] == ["done\n"] * 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_benchmark_without_a_gpu_says_so(tmp_path):
     done = python("-m", "bench.gpu", "--json", str(tmp_path / "results.json"))
@@ -761,11 +994,22 @@ def test_benchmark_without_a_gpu_says_so(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler to build the stub with")
+@on_the_stub
 def test_host_benchmark_runs(tmp_path):
     done = python("-m", "bench.gpu_host", "--quick", "--json", str(tmp_path / "results.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [result["tensors"] for result in results] == [148, 291, 1000]
     assert all(result["ratio"]["fused"]["median"] > 1 for result in results)
+
+
+@pytest.mark.slow
+@on_the_stub
+def test_uploads_of_a_large_model(tmp_path):
+    done = python("-m", "bench.gpu_host", "--uploads", "--json", str(tmp_path / "results.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["uploads"]
+    uploaded = {(result["groups"], result["capturable"], result["what"]): result["bytes"] for result in found}
+    assert all(result["tensors"] == 291 and result["copies"] <= 1 for result in found)
+    assert uploaded[1, False, "nothing changes"] == uploaded[1, False, "lr changes"] == 0
+    assert uploaded[2, False, "nothing changes"] == 2 * 12 * 4

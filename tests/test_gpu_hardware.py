@@ -1,6 +1,8 @@
 """What needs a GPU, and is skipped without: the table of test_gpu.py on real tensors, devices, streams and graphs."""
 
 import copy
+import gc
+import threading
 
 import pytest
 import torch
@@ -113,6 +115,65 @@ def test_steps_are_queued_without_waiting(row):
         torch.cuda.set_sync_debug_mode("default")
     assert busy
     stream.synchronize()
+    assert_same_bits(contents(ours), contents(expected), row.name)
+
+
+@every_row
+def test_a_buffer_outlives_its_optimizer(row):
+    """Freed while a step on another stream is queued: nobody else is given the memory before that step has run."""
+    expected, ours = optimizers_on(row, CPU, CUDA)
+    set_grads(expected, ours)
+    for optimizer in (expected, ours):
+        optimizer.step()
+    params, stream = params_of(ours), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    words = [bucket.buffer.numel() for bucket in ours._fastopt_gpu.buckets.values()]
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)
+        for optimizer in (expected, ours):
+            optimizer.step()
+    state = ours.state
+    del ours, optimizer
+    gc.collect()
+    wild = [torch.full((size,), -1, dtype=torch.int64, device="cuda") for size in words for _ in range(50)]
+    torch.cuda.synchronize()
+    assert len(wild) == 50 * len(words) and len(state) == len(params)
+    for param, other in zip(params, params_of(expected), strict=True):
+        assert_same_bits(param.detach().cpu(), other.detach())
+
+
+def test_steps_while_another_thread_captures():
+    """In the default mode, in which an event that is queried or memory that is locked would end the capture."""
+    row = next(row for row in ROWS if row.name == "Adam")
+    expected, ours = optimizers_on(row, CPU, CUDA)
+    set_grads(expected, ours)
+    grads = [[param.grad.clone() for param in params_of(ours)] for _ in range(2)]  # so that each step uploads
+    for optimizer in (expected, ours):
+        optimizer.step()
+    torch.cuda.synchronize()
+    numbers, stream, errors = torch.zeros(1000, device="cuda"), torch.cuda.Stream(), []
+
+    def steps():
+        try:
+            with torch.cuda.stream(stream):
+                for t in range(20):
+                    for param, grad in zip(params_of(ours), grads[t % 2], strict=True):
+                        param.grad = grad
+                    ours.step()
+        except Exception as error:
+            errors.append(error)
+
+    graph, thread = torch.cuda.CUDAGraph(), threading.Thread(target=steps)
+    with torch.cuda.graph(graph):
+        numbers += 1
+        thread.start()
+        thread.join()
+        numbers += 1
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not errors and (numbers == 2).all()
+    for _ in range(20):
+        expected.step()
     assert_same_bits(contents(ours), contents(expected), row.name)
 
 

@@ -1,5 +1,7 @@
 """What a step after the first does not do: build, allocate, grow, or hold the GIL where that would matter."""
 
+import contextlib
+import itertools
 import sys
 import threading
 import time
@@ -13,6 +15,20 @@ from .optimizers import ROWS
 from .reference import assert_same_bits, drive, fresh, snapshot
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+@contextlib.contextmanager
+def gpu(execute=False):
+    """The GPU backend serves CPU tensors, and sends its launches nowhere unless they shall be executed."""
+    pytest.importorskip("triton")
+    from .test_gpu import triton_serves_cpu_tensors
+
+    with triton_serves_cpu_tensors(execute=execute) as stand_in:
+        yield stand_in
+
+
+def has_capturable(row):
+    return "capturable" in row.theirs([torch.zeros(1)]).defaults
 
 
 def busy_optimizer(row):
@@ -46,7 +62,7 @@ def test_second_step_allocates_nothing(row):
     assert fastopt._C.counters()["allocations"] == before["allocations"]
 
 
-def plain_optimizer(row, more=0):
+def plain_optimizer(row, more=0, **options):
     """Two groups, three dtypes, an empty parameter and one without gradient; and `more` parameters before the last."""
     torch.manual_seed(0)
     values = [
@@ -54,7 +70,7 @@ def plain_optimizer(row, more=0):
     ]
     params = [torch.nn.Parameter(value) for value in values]
     many = [torch.nn.Parameter(torch.randn(i % 4)) for i in range(more)]
-    optimizer = row.ours([*params[:5], *many[::2]], **row.plain)
+    optimizer = row.ours([*params[:5], *many[::2]], **{**row.plain, **options})
     last = [*many[1::2], *params[5:], torch.nn.Parameter(torch.zeros(3))]
     optimizer.add_param_group({"params": last, "maximize": True})
     give_gradients(params + many)
@@ -66,23 +82,108 @@ def give_gradients(params):
         param.grad = torch.randn(param.shape).to(param.dtype)
 
 
+def cast_state(optimizer, dtypes):
+    """State tensors of these dtypes become others."""
+    change_state(optimizer, lambda value: value.to(dtypes.get(value.dtype, value.dtype)))
+
+
+def lr_tensor(row, dtype=torch.float32):
+    return torch.tensor(row.plain["lr"], dtype=dtype)
+
+
+# Kinds of optimizers whose steps after the first are only compared: options, and what is done to the state.
+KEPT = {
+    "as torch makes them": (lambda row: {}, {}),
+    "bf16 parameters, fp32 state": (lambda row: {}, {torch.bfloat16: torch.float32}),
+    "fp32 parameters, bf16 state": (lambda row: {}, {torch.float32: torch.bfloat16}),
+    "fp64 parameters, fp16 state": (lambda row: {}, {torch.float64: torch.float16}),
+    "lr tensor": (lambda row: {"lr": lr_tensor(row)}, {}),
+    "lr tensor of fp64, bf16 state": (
+        lambda row: {"lr": lr_tensor(row, torch.float64)},
+        {torch.float32: torch.bfloat16},
+    ),
+    "capturable": (lambda row: {"capturable": True}, {}),
+    "capturable, fp32 state": (lambda row: {"capturable": True}, {torch.bfloat16: torch.float32}),
+    "capturable, lr tensor": (lambda row: {"capturable": True, "lr": lr_tensor(row)}, {}),
+}
+
+
+def kept_combinations():
+    """Each kind on the CPU, if it is not capturable, and on the GPU."""
+    for row, kind, on_gpu in itertools.product(ROWS, KEPT, (False, True)):
+        if on_gpu or "capturable" not in kind:
+            if has_capturable(row) or "capturable" not in kind:
+                yield pytest.param(row, kind, on_gpu, id=f"{row.name}-{kind}-{'GPU' if on_gpu else 'CPU'}")
+
+
+@pytest.mark.parametrize("row, kind, on_gpu", [*kept_combinations()])
+def test_step_like_the_one_before_is_only_compared(row, kind, on_gpu):
+    """Whatever changes from one step of a usual training to the next, with 16-bit and fp32 state, on every backend."""
+    options, dtypes = KEPT[kind]
+    with gpu() if on_gpu else contextlib.nullcontext():
+        optimizer, params = plain_optimizer(row, **options(row))
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for _ in range(3):  # the state is made, cast, and seen
+            optimizer.step()
+            scheduler.step()
+            cast_state(optimizer, dtypes)
+        optimizer.step()
+        before = fastopt._C.counters()
+        for _ in range(5):
+            optimizer.zero_grad()
+            give_gradients(params)
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            scheduler.step()
+        assert fastopt._C.counters() == before
+
+
+def sharded_model(mesh):
+    """As FSDP2 leaves it: parameters, gradients and state are DTensors."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)), mesh=mesh)
+    return list(model.parameters()), lambda: model(torch.randn(5, 3)).square().mean()
+
+
+def tensor_parallel_model(mesh):
+    """As operations on DTensors leave them, whose gradients come from DTensor's own backward."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placements = Shard(0), Shard(1), Replicate()
+    params = [torch.nn.Parameter(distribute_tensor(torch.randn(4, 6), mesh, [it])) for it in placements]
+    return params, lambda: sum((param * param).sum() for param in params).full_tensor()
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("model", [sharded_model, tensor_parallel_model], ids=lambda model: model.__name__)
 @every_row
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="dicts have no version")
-def test_step_like_the_one_before_is_only_compared(row):
-    """Whatever changes from one step of a usual training to the next."""
-    optimizer, params = plain_optimizer(row)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    for _ in range(2):
-        optimizer.step()
-        scheduler.step()
-    before = fastopt._C.counters()
-    for _ in range(5):
+def test_step_of_dtensors_is_only_compared(row, model, mesh):
+    params, loss = model(mesh)
+    optimizer = row.ours(params, **row.plain)
+
+    def step():
         optimizer.zero_grad()
-        give_gradients(params)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        loss().backward()
         optimizer.step()
-        scheduler.step()
+
+    for _ in range(2):
+        step()
+    before, local = fastopt._C.counters(), [param.to_local().clone() for param in params]
+    for _ in range(5):
+        step()
     assert fastopt._C.counters() == before
+    assert not any(torch.equal(param.to_local(), value) for param, value in zip(params, local, strict=True))
 
 
 def change_state(optimizer, change):
@@ -90,6 +191,14 @@ def change_state(optimizer, change):
         for key, value in entry.items():
             if key != "step" and value is not None:
                 entry[key] = change(value)
+
+
+def plain_again(optimizer, params):
+    """So that what comes next is not stepped in turn, or by torch, for what came before."""
+    give_gradients(params)
+    for param in params:
+        param.data = param.data.clone(memory_format=torch.contiguous_format)
+    change_state(optimizer, lambda value: value.clone(memory_format=torch.contiguous_format))
 
 
 # What a step must see, by what it is done to.
@@ -115,10 +224,12 @@ CHANGES = {
     "gradients elsewhere": lambda o, p: give_gradients(p),
     "a gradient of zero": lambda o, p: setattr(p[6], "grad", torch.zeros_like(p[6])),
     "a gradient of other strides": lambda o, p: setattr(p[6], "grad", torch.randn(3, 8).t()),
+    "plain again": plain_again,
     "data elsewhere": lambda o, p: [setattr(x, "data", x.data.clone()) for x in p],
     "a slice as data": lambda o, p: setattr(p[6], "data", torch.zeros(8, 7)[:, 2:5]),
     "data that may not be written": lambda o, p: torch._C._set_throw_on_mutable_data_ptr(p[6]),
     "transposed data": lambda o, p: setattr(p[6], "data", torch.ones(3, 8).t()),
+    "plain again after that": plain_again,
     "another dtype": lambda o, p: (
         setattr(p[6], "data", p[6].data.bfloat16()),
         setattr(p[6], "grad", None),
@@ -127,6 +238,7 @@ CHANGES = {
     "parameters that share memory": lambda o, p: setattr(p[8], "data", p[5].data.expand(1, 3)[:1].repeat(8, 1)),
     "a parameter within another": lambda o, p: setattr(p[5], "data", p[8].data[2:3]),
     "a gradient within a parameter": lambda o, p: setattr(p[5], "grad", p[8].data[2:3]),
+    "plain again and apart": plain_again,
     "state elsewhere": lambda o, p: change_state(o, torch.clone),
     "state in place": lambda o, p: change_state(o, lambda x: x.mul_(0.5)),
     "state's data": lambda o, p: change_state(o, lambda x: [setattr(x, "data", x.data * 0.5), x][1]),
@@ -159,31 +271,45 @@ CHANGES = {
 def step_or_reason(optimizer):
     try:
         optimizer.step()
-    except (RuntimeError, TypeError) as error:
+    except (AssertionError, RuntimeError, TypeError) as error:
         return str(error)
 
 
-@every_row
-@pytest.mark.parametrize("how", ["one after the other", "each alone", "on three threads"])
+WAYS = "one after the other", "each alone", "on three threads", "on the GPU", "capturable, on the GPU"
+
+
+def ways():
+    """On the GPU, where kernels are interpreted, of the rows with one kernel the first."""
+    first = {row.module: row for row in reversed(ROWS)}
+    for row, how in itertools.product(ROWS, WAYS):
+        if has_capturable(row) or "capturable" not in how:
+            if first[row.module] is row or "on the GPU" not in how:
+                yield pytest.param(row, how, id=f"{row.name}-{how}")
+
+
+@pytest.mark.parametrize("row, how", [*ways()])
 def test_every_change_between_two_steps_is_seen(row, how):
     """To the effect that it has on a plan that knows nothing; that many parameters are shared among threads."""
-    both, more = None, 0
+    both, more, options = None, 0, {"capturable": True} if "capturable" in how else {}
     if how == "on three threads":
         torch.set_num_threads(3)
         more = 600
-    for name, change in CHANGES.items():
-        if how == "each alone" or not both:
-            both = [plain_optimizer(row, more) for _ in range(2)]
-            for optimizer, _ in 3 * both:
-                optimizer.step()
-        for _ in range(2):
-            for optimizer, params in both:
-                torch.manual_seed(1)
-                change(optimizer, params)
-            both[1][0]._plan = None
-            ours, expected = (step_or_reason(optimizer) for optimizer, _ in both)
-            assert ours == expected, name
-            assert_same_bits(*(snapshot(optimizer) for optimizer, _ in both), name)
+    on_gpu = "on the GPU" in how
+    with gpu(execute=True) if on_gpu else contextlib.nullcontext() as stand_in:
+        for name, change in CHANGES.items():
+            if how == "each alone" or not both:
+                both = [plain_optimizer(row, more, **options) for _ in range(2)]
+                for optimizer, _ in 3 * both:
+                    optimizer.step()
+            for _ in range(2):
+                for optimizer, params in both:
+                    torch.manual_seed(1)
+                    change(optimizer, params)
+                both[1][0]._fastopt_plan = both[1][0]._fastopt_gpu = None
+                ours, expected = (step_or_reason(optimizer) for optimizer, _ in both)
+                assert ours == expected, name
+                assert_same_bits(*(snapshot(optimizer) for optimizer, _ in both), name)
+        assert not on_gpu or stand_in.launches
 
 
 @every_row

@@ -4,6 +4,7 @@ import decimal
 import importlib
 import itertools
 import re
+import struct
 from collections import Counter
 
 import numpy as np
@@ -100,10 +101,12 @@ class Tensors:
     sizes: numbers of elements
     offsets: in turn, how many elements behind an address divisible by 16 its param, grad and states begin
     special: values from SPECIAL in place of random ones
+    only: the place of the one row of ROWS for all tensors, which then comes with the launch
     """
 
-    def __init__(self, kernel, sizes, offsets=((0, 0, 0, 0, 0),), special=False):
-        self.kernel = kernel
+    def __init__(self, kernel, sizes, offsets=((0, 0, 0, 0, 0),), special=False, only=None):
+        self.kernel, self.only = kernel, only
+        self.rows = ROWS[kernel[0]] if only is None else [ROWS[kernel[0]][only]]
         self.algorithm, self.used, self.dtype, state_dtype = kernel
         self.module = module_of(self.algorithm)
         self.slots = [slot for slot in range(len(self.module.SLOTS)) if self.used >> slot & 1]
@@ -121,7 +124,7 @@ class Tensors:
 
     def row(self, i):
         """Step count and hyper-parameters of tensor i."""
-        return ROWS[self.algorithm][i % len(ROWS[self.algorithm])]
+        return self.rows[i % len(self.rows)]
 
     def tensor(self, size, dtype, offset):
         values = self.random.choice(SPECIAL, size) if self.special else self.random.standard_normal(size)
@@ -151,12 +154,12 @@ class Tensors:
         work, table = [], np.zeros((len(self.tensors), 4 + len(self.module.SLOTS)), np.int64)
         for i, (param, grad, *state) in enumerate(self.tensors):
             work += [i << 32 | first_chunk + chunk for chunk in range(-(-param.numel() // chunk_size))]
-            table[i, :2] = before + param.numel(), i % len(ROWS[self.algorithm])
+            table[i, :2] = before + param.numel(), i % len(self.rows)
             columns = [2, 3, *(4 + slot for slot in self.slots)]
             table[i, columns] = [x.data_ptr() - before * x.element_size() for x in (param, grad, *state)]
         self.random.shuffle(work)
         T = torch.empty(0, dtype=compute_dtype(self.dtype)).numpy().dtype.type
-        named = [reference_np.scalars(self.algorithm, hypers, t, T) for t, hypers in ROWS[self.algorithm]]
+        named = [reference_np.scalars(self.algorithm, hypers, t, T) for t, hypers in self.rows]
         scalars = np.array([[values[name] for name in self.module.SCALARS] for values in named], T)
         return np.array(work, np.int64).tobytes(), table.tobytes(), scalars.tobytes()
 
@@ -167,8 +170,16 @@ class Tensors:
         buffer, addresses = in_one_buffer(arrays)
         gpu.options["ranges"] = [(address, len(part)) for address, part in zip(addresses, arrays, strict=True)]
         gpu.options["ranges"] += itertools.chain(*self.tensors)
-        launcher.launch(len(arrays[0]) // 8, 0, *addresses)
+        addresses, words = self.with_scalars(addresses, arrays[2])
+        launcher.launch(len(arrays[0]) // 8, 0, *addresses, words)
         del buffer
+
+    def with_scalars(self, addresses, scalars):
+        """The addresses of a launch, and the words that come with it: of scalars, if they are one row."""
+        words = multi_tensor.scalars_words(self.algorithm, self.dtype)
+        if self.only is None:
+            return addresses, words * (0,)
+        return [*addresses[:2], 0], struct.unpack(f"<{words}q", scalars.ljust(8 * words, b"\0"))
 
     def step_and_compare(self, gpu, **options):
         expected = self.expected()
@@ -217,6 +228,12 @@ def test_bits_of_the_reference(hopper, kernel):
 
 
 @pytest.mark.parametrize("kernel", FULL_KERNELS, ids=name_of)
+def test_scalars_that_come_with_the_launch(hopper, kernel):
+    for only in range(len(ROWS[kernel[0]])):
+        Tensors(kernel, [131, 1, CHUNK + 2], only=only).step_and_compare(hopper)
+
+
+@pytest.mark.parametrize("kernel", FULL_KERNELS, ids=name_of)
 def test_bits_of_the_reference_on_sm_80(kernel):
     """Which converts 16-bit types with other instructions."""
     with driver.installed(80, races=True) as ampere:
@@ -226,8 +243,42 @@ def test_bits_of_the_reference_on_sm_80(kernel):
 @pytest.mark.parametrize("kernel", FULL_KERNELS, ids=name_of)
 def test_tensors_that_are_not_aligned(hopper, kernel):
     one_each = [tuple(int(i == j) for j in range(5)) for i in range(5)]
-    offsets = [(0, 0, 0, 0, 0), *one_each, (1, 1, 1, 1, 1), (2, 2, 2, 2, 2), (3, 1, 2, 0, 1), (4, 4, 4, 4, 4)]
-    Tensors(kernel, [133] * len(offsets) + [CHUNK + 3] * 3, offsets).step_and_compare(hopper)
+    offsets = [(0, 0, 0, 0, 0), *one_each, *(5 * (off,) for off in range(1, 9)), (3, 1, 2, 0, 1)]
+    Tensors(kernel, [133] * len(offsets) + [CHUNK + 3] * 4, offsets).step_and_compare(hopper)
+    alike = [5 * (1 + i % 7,) for i in range(len(AROUND_VECTORS))]
+    Tensors(kernel, AROUND_VECTORS, alike).step_and_compare(hopper)
+    Tensors(kernel, AROUND_VECTORS[::-1], alike).step_and_compare(hopper)
+
+
+# so few elements that the first vector is the last, or none; and chunks whose ends are moved
+AROUND_VECTORS = [*range(1, 10), 15, 16, 17, 25, CHUNK - 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7, 3 * CHUNK]
+
+
+@pytest.mark.parametrize("kernel", FULL_KERNELS, ids=name_of)
+def test_tensors_off_alignment_alike_are_accessed_in_vectors(hopper, kernel):
+    """All but the first and last elements of a tensor, not of each chunk; but none where operands are off unlike."""
+    _, used, dtype, state_dtype = kernel
+    hopper.options["counts"] = True
+    vector, states, size = 16 // max(dtype.itemsize, state_dtype.itemsize), used.bit_count(), 3 * CHUNK
+    alike = ((5 * (1,), vector), (5 * (vector,), 0), (5 * (2 * vector - 1,), vector))
+    for offsets, alone in (*alike, ((1, 0, 0, 0, 0), size)):
+        Tensors(kernel, [size], [offsets]).launch(hopper)
+        found, expected = accesses(hopper.launches[-1].machine.instructions), Counter()
+        for tensors, itemsize in ((1, dtype.itemsize), (states, state_dtype.itemsize)):
+            expected[itemsize] += tensors * alone
+            expected[vector * itemsize] += tensors * (size - alone) // vector
+        assert found["st"] == +expected, offsets
+        loaded = 2 * (dtype.itemsize * vector == 16) + states * (state_dtype.itemsize * vector == 16)
+        assert found["ld"][16] == loaded * (size - alone) // vector, offsets
+
+
+def accesses(executed):
+    """How many loads and stores of how many bytes were executed."""
+    found = {"ld": Counter(), "st": Counter()}
+    for opcode, count in executed.items():
+        if match := re.fullmatch(r"(ld|st)\.global(?:\.v(\d))?\.b(\d+)", opcode):
+            found[match[1]][int(match[2] or 1) * int(match[3]) // 8] += count
+    return found
 
 
 @pytest.mark.parametrize("chunk", [2**21, 2**22 + 1, 2**31 + 3, 2**32 - 2])
@@ -243,6 +294,20 @@ def test_other_chunk_sizes(hopper, kernel, monkeypatch):
     monkeypatch.setattr(multi_tensor, "CHUNK", 1024)
     monkeypatch.setattr(multi_tensor, "update_launcher", multi_tensor.update_launcher.__wrapped__)
     Tensors(kernel, [1023, 1024, 1025, 500, 2300]).step_and_compare(hopper)
+
+
+@pytest.mark.parametrize("policy", ["evict_first", "evict_last"])
+def test_eviction_hints_change_no_bits(hopper, policy, monkeypatch):
+    """They are in the code, and no more than hints."""
+    monkeypatch.setattr(multi_tensor, "EVICTION", policy)
+    monkeypatch.setattr(multi_tensor, "update_launcher", multi_tensor.update_launcher.__wrapped__)
+    Tensors(("adam", 0b111, F32, F32), [CHUNK + 5, 3]).step_and_compare(hopper)
+    assert f"L1::{policy}" in hopper.launches[-1].ptx
+
+
+def test_at_least_two_scalars():
+    """fastopt/gpu.py takes the number of words for the number of rows."""
+    assert all(len(module_of(algorithm).SCALARS) > 1 for algorithm in MASKS)
 
 
 def test_nothing_is_compiled_twice(hopper, monkeypatch):
@@ -262,11 +327,12 @@ def test_nothing_is_compiled_twice(hopper, monkeypatch):
 
 def test_launch_passes_what_it_is_given(hopper):
     hopper.execute = False
-    multi_tensor.update_launcher("adam", 3, F32, F32, device=90).launch(7, 0, 8, 24, 40)
+    words = (1, 16, -1, 2**63 - 1, -(2**63), 0)
+    multi_tensor.update_launcher("adam", 3, F32, F32, device=90).launch(7, 0, 8, 24, 40, words)
     multi_tensor.prepare_launcher("adam", F32, device=90).launch(3, 0, 8, 24)
-    for launch, grid, addresses in zip(hopper.launches, (7, 3), ((8, 24, 40), (8, 24)), strict=True):
+    for launch, grid, numbers in zip(hopper.launches, (7, 3), ((8, 24, 40, *words), (8, 24)), strict=True):
         assert launch.grid == (grid, 1, 1)
-        assert [int.from_bytes(x, "little") for x in launch.parameters] == [*addresses, 0, 0]
+        assert [int.from_bytes(x, "little", signed=True) for x in launch.parameters] == [*numbers, 0, 0]
 
 
 # Scalars computed on the device
@@ -381,13 +447,10 @@ def test_instructions_and_bytes_of_an_element(hopper, kernel, monkeypatch):
     assert memory["store sectors"] == memory["store bytes"] // 32 + memory["store requests"]
     # each lane also reads its entry of the work list, its row of the table and its scalars, one by one
     shared = programs * multi_tensor.THREADS * vector / elements
-    loads[8] += (5 + len(tensors.module.SLOTS)) * shared
+    loads[8] += (5 + states) * shared
     loads[compute_dtype(dtype).itemsize] += scalars * shared
-    found = {"ld": Counter(), "st": Counter()}
-    for opcode, count in executed.items():
-        if match := re.fullmatch(r"(ld|st)\.global(?:\.v(\d))?\.b(\d+)", opcode):
-            found[match[1]][int(match[2] or 1) * int(match[3]) // 8] += count * vector / elements
-    assert found == {"ld": loads, "st": stores}
+    for name, expected in (("ld", loads), ("st", stores)):
+        assert {width: n * vector / elements for width, n in accesses(executed)[name].items()} == expected
 
 
 def bytes_per_element(kernel):
@@ -458,11 +521,12 @@ def test_prepare_compiles_for_rocm(algorithm, dtype, target):
     assert not re.search(r"llvm\.amdgcn\.(rcp|rsq)|__ocml", asm["llir"])
 
 
-def compiled_for(target, kernel, pointers, constants, warps):
+def compiled_for(target, kernel, arguments, constants, warps):
     """Compile ahead of time for a GPU that is not there."""
     kinds = {torch.int64: "*i64", F32: "*fp32", F64: "*fp64"}
     names = kernel.arg_names
-    signature = dict(zip(names, [*(kinds[x] for x in pointers), *("constexpr" for _ in constants)], strict=True))
-    values = {(len(pointers) + i,): value for i, value in enumerate(constants)}
+    types = [kinds[x] if isinstance(x, torch.dtype) else tuple("i64" for _ in x) for x in arguments]
+    signature = dict(zip(names, [*types, *("constexpr" for _ in constants)], strict=True))
+    values = {(len(arguments) + i,): value for i, value in enumerate(constants)}
     source = triton.compiler.ASTSource(kernel, signature, values, {})
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})

@@ -203,6 +203,8 @@ def cases():
         yield f"selp.{kind}", kind, [kind, kind, "pred"], lambda a, b, p: a if p else b
         for relation in ("eq", "ne"):
             yield f"setp.{relation}.{kind}", "pred", [kind] * 2, RELATIONS[relation]
+    for kind in ("u32", "u64"):
+        yield f"bfe.{kind}", kind, [kind, "u32", "u32"], lambda a, at, n: a >> (at & 255) & (1 << (n & 255)) - 1
     for kind in ("pred", "b16", "b32", "b64"):
         yield f"and.{kind}", kind, [kind] * 2, operator.and_
         yield f"or.{kind}", kind, [kind] * 2, operator.or_
@@ -424,10 +426,11 @@ def test_cache_hints_change_nothing(hints):
 def test_packing_puts_the_first_register_lowest():
     out = np.zeros((THREADS, 2), np.uint64)
     body = """mov.u16 %rs1, 1; mov.b32 %r1, {%rs1, %rs1}; mov.b32 %r2, 0f3F800000; mov.b64 %rd1, {%r1, %r2};
-        mov.b64 {%rs1, %rs2, %rs3, %rs4}, %rd1; mov.b64 %rd2, {%rs4, %rs3, %rs2, %rs1};
+        mov.b64 {%rs1, %rs2, %rs3, %rs4}, %rd1; mov.b64 {_, %r3}, %rd1; mov.b32 {%rs4, _}, %r3;
+        mov.b64 %rd2, {%rs4, %rs3, %rs2, %rs1};
         mad.wide.u32 %rd3, %r28, 16, %rd20; st.global.v2.b64 [%rd3], {%rd1, %rd2};"""
     run(body, out)
-    assert (out == [0x3F80000000010001, 0x0001000100003F80]).all()
+    assert (out == [0x3F80000000010001, 0x0001000100000000]).all()
 
 
 def test_branches_and_loops_diverge_and_join():
@@ -617,6 +620,9 @@ def test_tensors_that_touch_are_not_one():
         "add.s32 %r1, %r2, 0d3FF0000000000000;",
         "add.rn.f64 %rd1, %rd2, 0f3F800000;",
         "mov.b64 %rd1, {%r1, %r2, %r3};",
+        "ld.param.b64 %rd1, [kernel_param_1];",
+        "ld.param.b64 %rd1, [kernel_param_0+4];",
+        "ld.param.b32 %r1, [kernel_param_0+8];",
         "mov.u32 %r1, scratch;",
         "mov.u32 %r1, %clock;",
         "add.s32 %r1, %r2, %r29;",  # only %r0 to %r28 are declared
@@ -632,6 +638,14 @@ def test_refusal(body):
     with pytest.raises(ptx.PTXError) as error:
         ptx.Machine(kernel(body, 1))
     assert type(error.value) in (ptx.Refused, ptx.PTXError)
+
+
+def test_a_part_of_a_parameter_is_loaded():
+    out = np.zeros((THREADS, 2), np.uint32)
+    body = """ld.param.b32 %r1, [kernel_param_0]; ld.param.b32 %r2, [kernel_param_0+4];
+        mad.wide.u32 %rd3, %r28, 8, %rd20; st.global.v2.b32 [%rd3], {%r1, %r2};"""
+    run(body, out)
+    assert (out.view(np.uint64) == out.ctypes.data).all()
 
 
 def test_a_launch_must_fit_the_kernel():

@@ -4,10 +4,12 @@ What torch.optim refuses is refused, with its type of error; what it accepts doe
 """
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,15 +311,13 @@ def test_a_step_that_was_done_keeps_its_state(row, monkeypatch):
     param.grad = torch.ones(7)
     optimizer = row.ours([param], **row.plain)
 
-    class Interrupted:
-        @staticmethod
-        def step(*args):
-            rest = fastopt._C.step(*args)
-            if rest is None:
-                raise KeyboardInterrupt
-            return rest
+    def step(*args):
+        answer = fastopt._C.step(*args)
+        if answer is fastopt._C.DONE:
+            raise KeyboardInterrupt
+        return answer
 
-    monkeypatch.setattr(module, "_C", Interrupted)
+    monkeypatch.setattr(module, "_C", SimpleNamespace(**{**vars(fastopt._C), "step": step}))
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert not torch.equal(param.detach(), torch.ones(7))
@@ -361,8 +361,11 @@ def test_hyper_parameters_of_another_kind(row):
     kept = dict(group)
     for key, value, error, message in (
         ("lr", [0.1, 0.9], TypeError, "lr of param group 0 must be a number, not list"),
-        ("betas", 0.9, ValueError, "betas of param group 0 must be a tuple of two numbers, not 0.9"),
-        ("betas", (0.9, 0.9, 0.9), ValueError, r"must be a tuple of two numbers, not \(0.9, 0.9, 0.9\)"),
+        ("betas", 0.9, TypeError, "betas of param group 0 must be two numbers, not 0.9"),
+        ("betas", (0.9, 0.9, 0.9), ValueError, r"must be two numbers, not \(0.9, 0.9, 0.9\)"),
+        ("betas", [0.9], ValueError, r"must be two numbers, not \[0.9\]"),
+        ("betas", itertools.count(), ValueError, r"must be two numbers, not count\(3\)"),
+        ("betas", "ab", TypeError, "betas of param group 0 must be a number, not str"),
     ):
         if key in group:
             group[key] = value

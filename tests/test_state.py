@@ -564,15 +564,13 @@ def test_subclasses_and_schedulers(row):
     param.grad = torch.ones(3)
     optimizer = Counting([param], **row.plain)
     assert isinstance(optimizer, row.theirs) and isinstance(optimizer, torch.optim.Optimizer)
-    hooked = []
-    optimizer.register_step_post_hook(lambda *_: hooked.append(1))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=9, cycle_momentum=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
             optimizer.step()
             scheduler.step()
-    assert optimizer.steps == 3 and hooked == [1] * 3
+    assert optimizer.steps == 3
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["fused=False", "fused=True"])

@@ -1,5 +1,6 @@
 // The C++ core without torch or Python, for sanitizers and foreign processors: every update, mask of slots, dtype and layout, on every
-// ISA and on 1, 2 and 3 threads, must leave the same bits. Prints one hash of them all, to compare between machines.
+// ISA and on 1, 2 and 3 threads, must leave the same bits. Prints one hash of them all, to compare between machines. Runs the tests of
+// the other files too.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -8,16 +9,11 @@
 #include <thread>
 #include <vector>
 
-#include "core.h"
-#include "optimizers.h"
+#include "checks.h"
+#include "step/algorithms.h"
+#include "step/isa.h"
 
 using namespace fastopt;
-
-static uint64_t random_state = 1;
-static uint32_t random_bits() {
-  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-  return uint32_t(random_state >> 33);
-}
 
 // Mostly numbers near 1; sometimes zeros of both signs, subnormals, infinities and NaN.
 static double random_value(bool special) {
@@ -86,7 +82,7 @@ template <class O> static Case make(int index, unsigned used, DType param, DType
   int64_t work = 0;
   for (Sizes s : sizes) {
     Row row = {};
-    row.optimizer = uint8_t(index), row.used = uint8_t(used), row.numel = s.numel;
+    row.algorithm = uint8_t(index), row.used = uint8_t(used), row.numel = s.numel;
     c.tensors.emplace_back();
     c.layouts.push_back({});
     c.dims.emplace_back();
@@ -140,7 +136,7 @@ static uint64_t step(const Isa& isa, Case& c, int threads) {
   return hash;
 }
 
-static int failures = 0, cases = 0;
+
 static uint64_t all = 0;
 
 template <class O> static void check(int index) {
@@ -160,11 +156,7 @@ template <class O> static void check(int index) {
             Case c = make<O>(index, used, dtype[0], dtype[1], special, sizes);
             uint64_t hash = step(isas[i], c, threads);
             if (!expected) expected = hash;
-            if (hash != expected) {
-              failures++;
-              std::printf("%s used=%u dtypes %d/%d special=%d: %s on %d threads differs\n", O::name, used, int(dtype[0]), int(dtype[1]), special, isas[i].name, threads);
-            }
-            cases++;
+            expect(hash == expected, "%s used=%u dtypes %d/%d special=%d: %s on %d threads differs", O::name, used, int(dtype[0]), int(dtype[1]), special, isas[i].name, threads);
           }
         all = (all ^ expected) * 1099511628211u;
       }
@@ -190,16 +182,17 @@ static void check_divisors() {
       const float quotient = divide_root(root, divisor), expected = root / divisor.value;
       same &= std::memcmp(&quotient, &expected, 4) == 0 || (quotient != quotient && expected != expected);
     }
-    cases++;
-    if (same) continue;
-    failures++;
-    std::printf("a root divided by %g differs\n", number);
+    expect(same, "a root divided by %g differs", number);
   }
 }
 
 int main() {
+  check_conversions();
+  check_layouts();
+  check_extents();
+  check_images();
   check_divisors();
-  check_all(static_cast<Optimizers*>(nullptr));
-  std::printf("hash %016llx\n%d passed, %d failed\n", static_cast<unsigned long long>(all), cases - failures, failures);
+  check_all(static_cast<Algorithms*>(nullptr));
+  std::printf("hash %016llx\n%d passed, %d failed\n", static_cast<unsigned long long>(all), cases - failures, int(failures));
   return failures != 0;
 }

@@ -452,17 +452,21 @@ def _part(kind: str, items: Sequence[Operand]) -> str:
 
 
 def _bind_move(kind: str, operands: Sequence[Operand], kernel: Kernel) -> Execute:
-    """A copy, or the packing or unpacking of a register from or into narrower ones, the lowest bits first."""
+    """A copy, or the packing or unpacking of a register from or into narrower ones, the lowest bits first.
+
+    `_` takes a part that nobody needs.
+    """
     destination, source = operands
     if isinstance(destination, Vector):
         part = _part(kind, destination.items)
-        registers = [_register(item, part) for item in destination.items]
+        registers = [None if item == Symbol("_") else _register(item, part) for item in destination.items]
         read = _reader(source, f"u{bits_of(kind)}", kernel)
 
         def unpack(machine: Machine, lanes: Lanes) -> None:
             value = read(machine, lanes)
             for i, register in enumerate(registers):
-                machine._write(register, (value >> value.dtype.type(i * bits_of(part))).astype(NUMPY[part]), lanes)
+                if register is not None:
+                    machine._write(register, (value >> value.dtype.type(i * bits_of(part))).astype(NUMPY[part]), lanes)
 
         return unpack
     register = _register(destination, kind)
@@ -483,16 +487,18 @@ def _bind_move(kind: str, operands: Sequence[Operand], kernel: Kernel) -> Execut
 
 
 def _bind_parameter(kind: str, operands: Sequence[Operand], kernel: Kernel) -> Execute:
+    """A parameter, or an aligned part of one."""
     destination, address = operands
     register = _register(destination, kind)
-    if not isinstance(address, Address) or not isinstance(address.base, Symbol) or address.offset:
+    if not isinstance(address, Address) or not isinstance(address.base, Symbol):
         raise Refused("not the address of a parameter")
-    name = address.base.name
-    if name not in kernel.parameters or 8 * kernel.parameters[name] != bits_of(kind):
-        raise Refused(f"no parameter {name} of this size")
+    name, size = address.base.name, bits_of(kind) // 8
+    at, remainder = divmod(address.offset, size)
+    if remainder or not 0 <= at < kernel.parameters.get(name, 0) // size:
+        raise Refused(f"no parameter {name} with these bytes")
 
     def load(machine: Machine, lanes: Lanes) -> None:
-        machine._write(register, np.frombuffer(machine._parameters[name], NUMPY[kind])[0], lanes)
+        machine._write(register, np.frombuffer(machine._parameters[name], NUMPY[kind])[at], lanes)
 
     return load
 

@@ -129,6 +129,18 @@ def _shift(op: str, kind: str) -> Operation:
     return Operation(kind, (kind, "u32"), shift)
 
 
+@form(r"bfe\.(u32|u64)")
+def _bit_field(kind: str) -> Operation:
+    """So many bits from a position on, both given by the lowest byte of a number; beyond the register they are 0."""
+    shift_right, shift_left = _shift("shr", kind).compute, _shift("shl", kind).compute
+
+    def extract(value: Value, position: Value, length: Value) -> Value:
+        field = shift_right(value, position & np.uint32(255))
+        return field & ~shift_left(np.full_like(field, -1 % (1 << bits_of(kind))), length & np.uint32(255))
+
+    return Operation(kind, (kind, "u32", "u32"), extract)
+
+
 def quotient(a: Value, b: Value) -> Value:
     """Division that truncates towards zero, as C's."""
     if np.any(b == 0):

@@ -56,6 +56,7 @@ class Driver(CudaDriver):
         self.get_current_stream = lambda device=0: 0
         self._callback = _Callback(self._record) if record else _Callback()
         stub.stub_configure(arch, self._callback)
+        self.fail_launches = stub.stub_fail_launches  # with a CUresult; 0 is success
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")

@@ -9,6 +9,8 @@ typedef void (*LaunchCallback)(uintptr_t function, unsigned x, unsigned y, unsig
 
 static int capability = 90;
 static LaunchCallback on_launch = NULL;
+static CUresult launch_result = CUDA_SUCCESS;
+static CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 static uintptr_t last_handle = 0;
 
 /* The target, and what is called at each launch (NULL: nothing, to measure the host alone). */
@@ -17,10 +19,20 @@ void stub_configure(int arch, LaunchCallback callback) {
   on_launch = callback;
 }
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
-  if (on_launch)
-    on_launch((uintptr_t)function, config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX, params);
+/* What launches answer from now on. */
+void stub_fail_launches(int result) { launch_result = (CUresult)result; }
+
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode) {
+  CUstreamCaptureMode former = capture_mode;
+  capture_mode = *mode;
+  *mode = former;
   return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
+  if (launch_result == CUDA_SUCCESS && on_launch)
+    on_launch((uintptr_t)function, config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX, params);
+  return launch_result;
 }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {

@@ -20,6 +20,7 @@
 
 namespace fastopt {
 void apply_avx512(const Row& row, int64_t begin, int64_t end) { apply(row, begin, end); }
+void reduce_avx512(const Row& row, Norm norm, int64_t begin, int64_t end, double* tiles) { reduce(row, norm, begin, end, tiles); }
 }  // namespace fastopt
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -6,6 +6,8 @@ namespace fastopt {
 #if defined(__x86_64__)
 void apply_avx2(const Row&, int64_t, int64_t);    // isa_avx2.cpp
 void apply_avx512(const Row&, int64_t, int64_t);  // isa_avx512.cpp
+void reduce_avx2(const Row&, Norm, int64_t, int64_t, double*);
+void reduce_avx512(const Row&, Norm, int64_t, int64_t, double*);
 
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }  // f16c came before both
 static bool has_avx512() {
@@ -15,10 +17,10 @@ static bool has_avx512() {
 #endif
 
 const Isa isas[] = {
-    {"baseline", [] { return true; }, &apply},
+    {"baseline", [] { return true; }, &apply, &reduce},
 #if defined(__x86_64__)
-    {"avx2", &has_avx2, &apply_avx2},
-    {"avx512", &has_avx512, &apply_avx512},
+    {"avx2", &has_avx2, &apply_avx2, &reduce_avx2},
+    {"avx512", &has_avx512, &apply_avx512, &reduce_avx512},
 #endif
 };
 const int isa_count = sizeof(isas) / sizeof(isas[0]);

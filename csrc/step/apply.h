@@ -8,9 +8,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "core.h"
-#include "halves.h"
-#include "optimizers.h"
+#include "isa.h"
+#include "passes.h"
+#include "round.h"
 #if defined(FASTOPT_VECTOR_BYTES)
 #include "simd.h"
 #endif
@@ -19,6 +19,8 @@ namespace fastopt {
 namespace {
 
 constexpr int64_t block = 512;
+
+template <class Algorithm> constexpr bool reads_grad = !std::is_base_of_v<NoGrad, Algorithm>;
 
 // ---- load and store of n elements, stride apart
 
@@ -87,21 +89,21 @@ template <class S> inline void fetch_ahead(const S* from) {
 }
 
 // Element i and those after it that fill a pair of vectors.
-template <class Optimizer, unsigned used, class P, class S, class H>
+template <class Algorithm, unsigned used, class P, class S, class H>
 inline void update_pair(P* param, const P* grad, S* const* slots, int64_t i, const H& h) {
   Floats p[2], g[2], state[2][max_slots];
   load<split<P, S>>(p[0], p[1], param + i);
-  load<split<P, S>>(g[0], g[1], grad + i);
+  if constexpr (reads_grad<Algorithm>) load<split<P, S>>(g[0], g[1], grad + i);
   for (int k = 0; k < max_slots; k++)
     if (used >> k & 1) load<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
-  for (int half : {0, 1}) Optimizer::template update<used>(p[half], g[half], state[half], h);
+  for (int half : {0, 1}) Algorithm::template update<used>(p[half], g[half], state[half], h);
   store<split<P, S>>(p[0], p[1], param + i);
   for (int k = 0; k < max_slots; k++)
     if (used >> k & 1) store<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
 }
 
 // As many of n elements as fill pairs; returns their number.
-template <class Optimizer, unsigned used, class P, class S, class H>
+template <class Algorithm, unsigned used, class P, class S, class H>
 inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n, H h) {
   if constexpr (split<P, S>)  // no NaN with bits that rounding could carry over
     for (float& number : reinterpret_cast<float(&)[sizeof h / sizeof(float)]>(h)) number = number == number ? number : NAN;
@@ -109,19 +111,19 @@ inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n,
   for (; i + 2 * lanes <= n; i += 2 * lanes) {
     if (i + ahead / int64_t(sizeof(P)) < n) {
       fetch_ahead(param + i);
-      fetch_ahead(grad + i);
+      if constexpr (reads_grad<Algorithm>) fetch_ahead(grad + i);
       for (int k = 0; k < max_slots; k++)
         if (used >> k & 1) fetch_ahead(slots[k] + i);
     }
-    update_pair<Optimizer, used>(param, grad, slots, i, h);
+    update_pair<Algorithm, used>(param, grad, slots, i, h);
   }
   return i;
 }
 #endif
 
-template <class Optimizer, unsigned used, class T, class P, class S>
+template <class Algorithm, unsigned used, class T, class P, class S>
 void update(void* const* data, int64_t n, const void* scalars) {
-  const auto h = *static_cast<const typename Optimizer::template Scalars<T>*>(scalars);
+  const auto h = *static_cast<const typename Algorithm::template Scalars<T>*>(scalars);
   P* __restrict param = static_cast<P*>(data[0]);
   const P* __restrict grad = static_cast<const P*>(data[1]);
   S* __restrict slot0 = static_cast<S*>(data[2]);
@@ -130,14 +132,15 @@ void update(void* const* data, int64_t n, const void* scalars) {
   int64_t i = 0;
 #if defined(FASTOPT_VECTOR_BYTES)
   S* const slots[] = {slot0, slot1, slot2};
-  if constexpr (std::is_same_v<T, float>) i = update_pairs<Optimizer, used>(param, grad, slots, n, h);
+  if constexpr (std::is_same_v<T, float>) i = update_pairs<Algorithm, used>(param, grad, slots, n, h);
 #endif
   for (; i < n; i++) {
-    T p = widen(param[i]), g = widen(grad[i]), state[max_slots] = {};
+    T p = widen(param[i]), g = {}, state[max_slots] = {};
+    if constexpr (reads_grad<Algorithm>) g = widen(grad[i]);
     if constexpr (used & 1) state[0] = widen(slot0[i]);
     if constexpr (used & 2) state[1] = widen(slot1[i]);
     if constexpr (used & 4) state[2] = widen(slot2[i]);
-    Optimizer::template update<used>(p, g, state, h);
+    Algorithm::template update<used>(p, g, state, h);
     narrow(p, param[i]);
     if constexpr (used & 1) narrow(state[0], slot0[i]);
     if constexpr (used & 2) narrow(state[1], slot1[i]);
@@ -148,22 +151,26 @@ void update(void* const* data, int64_t n, const void* scalars) {
 using Update = void (*)(void* const*, int64_t, const void*);
 struct Updates { Update of[1 << max_slots]; };  // by mask of used slots
 
-template <class Optimizer, unsigned used, class... Types> constexpr Update update_or_null() {
-  constexpr unsigned all = (1u << sizeof(Optimizer::slots) / sizeof(char*)) - 1;
-  if constexpr ((used & ~all) == 0 && (used & Optimizer::required) == Optimizer::required) return &update<Optimizer, used, Types...>;
+// Whether the options of an algorithm can call for these slots; a pass has none.
+template <class Algorithm, class... Of> constexpr bool can_use(unsigned used, std::tuple<Of...>*) {
+  if constexpr ((std::is_same_v<Algorithm, Of> || ...)) return used == 0;
+  else return (used >> sizeof(Algorithm::slots) / sizeof(char*)) == 0 && (used & Algorithm::required) == Algorithm::required;
+}
+template <class Algorithm, unsigned used, class... Types> constexpr Update update_or_null() {
+  if constexpr (can_use<Algorithm>(used, static_cast<Passes*>(nullptr))) return &update<Algorithm, used, Types...>;
   else return nullptr;
 }
-template <class Optimizer, class... Types, unsigned... used>
+template <class Algorithm, class... Types, unsigned... used>
 constexpr Updates updates_of(std::integer_sequence<unsigned, used...>) {
-  return {{update_or_null<Optimizer, used, Types...>()...}};
+  return {{update_or_null<Algorithm, used, Types...>()...}};
 }
-template <class T, class P, class S, class... Optimizer>
-Update find_update(const Row& row, std::tuple<Optimizer...>*) {
-  static constexpr Updates updates[] = {updates_of<Optimizer, T, P, S>(std::make_integer_sequence<unsigned, 1 << max_slots>())...};
-  return updates[row.optimizer].of[row.used];
+template <class T, class P, class S, class... Algorithm>
+Update find_update(const Row& row, std::tuple<Algorithm...>*) {
+  static constexpr Updates updates[] = {updates_of<Algorithm, T, P, S>(std::make_integer_sequence<unsigned, 1 << max_slots>())...};
+  return updates[row.algorithm].of[row.used];
 }
 template <class T, class P, class S> Update find_update(const Row& row) {
-  return find_update<T, P, S>(row, static_cast<Optimizers*>(nullptr));
+  return find_update<T, P, S>(row, static_cast<decltype(std::tuple_cat(Algorithms(), Passes()))*>(nullptr));
 }
 
 // ---- elements [begin, end) of a row
@@ -172,6 +179,7 @@ template <class T, class P, class S> Update find_update(const Row& row) {
 Update find_direct(const Row& row) {
   if (row.layout) return nullptr;
   const DType param = row.dtype[0];
+  if (row.data[1] && row.dtype[1] != param) return nullptr;
   DType state = param;
   for (int k = 2, first = 1; k < max_operands; k++) {
     if (!row.data[k]) continue;
@@ -231,3 +239,5 @@ void apply(const Row& row, int64_t begin, int64_t end) {
 
 }  // namespace
 }  // namespace fastopt
+
+#include "reduce.h"

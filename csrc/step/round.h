@@ -1,4 +1,5 @@
-// bf16 and fp16 in memory, converted one by one with integer arithmetic (round to nearest even), whatever the denormal mode.
+// Between numbers and what is stored of them: bf16 and fp16, converted one by one with integer arithmetic (round to nearest even),
+// whatever the denormal mode.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -5,7 +5,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "halves.h"
+#include "round.h"
 
 namespace fastopt {
 namespace {
@@ -51,6 +51,7 @@ inline Floats operator*(Floats a, Floats b) { return a.v * b.v; }
 inline Floats operator/(Floats a, Floats b) { return a.v / b.v; }
 inline Floats operator-(Floats a) { return -a.v; }
 inline auto operator!=(Floats a, Floats b) { return a.v != b.v; }
+inline auto operator<(Floats a, Floats b) { return a.v < b.v; }
 inline Floats fma(Floats a, Floats b, Floats c) { return vector_fma(a.v, b.v, c.v); }
 inline Floats sqrt(Floats a) { return vector_sqrt(a.v); }
 inline Floats larger(Floats a, Floats b) { return vector_larger(a.v, b.v); }

@@ -1,9 +1,9 @@
-// The optimizers: for each, the hyper-parameters it reads, the scalars of a step and the update of one element.
+// The algorithms: for each, the hyper-parameters it reads, the scalars of a step and the update of one element.
 //
 // Nothing here knows of pointers, threads, dtypes in memory or torch. kernels/*.py holds the same updates in Triton, statement by
 // statement; docs/numerics.md says where torch rounds and where it fuses, and why the order of operations must not change.
 //
-// An optimizer is a struct with
+// An algorithm is a struct with
 //   name, has_step      as the Python class names it; whether its state counts steps
 //   keys                the entries of a param group that it reads: a number each, unless said otherwise
 //   slots               its state tensors; used(g) is the bit mask of those that the options of a group call for, required of
@@ -18,6 +18,13 @@
 #include <type_traits>
 
 namespace fastopt {
+
+enum Kind { number, pair, truth };  // truth: 1 if Python takes the value for true, else 0
+struct Key {
+  const char* name;
+  Kind kind = number;
+};
+
 namespace {  // code built for one ISA must never be shared with another
 
 // float and double, by builtins
@@ -57,12 +64,6 @@ template <class T> inline double to(double value) { return value; }
 // torch.lerp(a, b, w) = fma(weight, b - a, from_end ? b : a), which torch evaluates from the nearer end.
 template <class T> inline T lerp_weight(T w) { return w < T(0.5) && w > T(-0.5) ? w : w - T(1); }
 template <class T> inline T lerp_from_end(T w) { return w < T(0.5) && w > T(-0.5) ? T(0) : T(1); }
-
-enum Kind { number, pair, truth };  // truth: 1 if Python takes the value for true, else 0
-struct Key {
-  const char* name;
-  Kind kind = number;
-};
 
 struct SGD {
   static constexpr const char* name = "sgd";
@@ -222,7 +223,7 @@ struct Adam {
   }
 };
 
-using Optimizers = std::tuple<SGD, Adagrad, RMSprop, Adam>;
+using Algorithms = std::tuple<SGD, Adagrad, RMSprop, Adam>;
 
 }  // namespace
 }  // namespace fastopt

@@ -1,0 +1,325 @@
+#include "plan/gradients.h"
+
+#include <ATen/EmptyTensor.h>
+
+#include <cmath>
+#include <memory>
+
+#include "plan/threads.h"
+#include "step/passes.h"
+
+namespace fastopt {
+
+// ---- rows
+
+void Rows::clear() {
+  rows.clear(), ends.clear(), layout_at.clear(), firsts.clear(), written.clear(), read.clear(), alive.clear(), layouts.clear(), extents.clear();
+  work = 0, tiles = 0, dtypes = 0, empty_rows = small_scalars = false;
+}
+
+void Rows::add(TensorImpl* to, TensorImpl* from) {
+  TensorImpl* const main = to ? to : from;
+  DType dtype;
+  if (!is_plain(main) || main->device_type() != at::kCPU) throw Outside{"a tensor is sparse, a subclass, or not on the CPU"};
+  if (!dtype_of(main, dtype)) throw Outside{"a tensor is of another dtype than float32, float64, bfloat16 and float16"};
+  if (to && to->is_inference() && !c10::InferenceMode::is_enabled()) throw Outside{"an inference tensor"};
+  Row row = {};
+  row.numel = main->numel();
+  row.dtype[0] = row.dtype[1] = dtype;
+  Strides strides = {int(main->dim()), main->sizes().data(), {}};
+  bool dense = main->is_non_overlapping_and_dense();
+  auto take = [&](int k, TensorImpl* t) {
+    if (!t) return;
+    if (t != main && !Alike(main)(t)) {
+      if (!is_plain(t) || t->device_type() != at::kCPU || t->dtype() != main->dtype() || !same_sizes(t, main)) throw Outside{"an average and its value differ in shape or dtype"};
+      dense = false;
+    }
+    row.data[k] = address_of(t, itemsize(dtype), k == 0);
+    if (!row.data[k] && row.numel) throw Outside{"a tensor has no storage"};
+    strides.of[k] = t->strides().data();
+  };
+  take(0, to), take(1, from);
+  if (!dense) {
+    if (!strides.of[0]) strides.of[0] = strides.of[1];
+    for (int d = 0; d < strides.ndim; d++)
+      if (to && strides.sizes[d] > 1 && strides.of[0][d] == 0) throw Outside{"a tensor shares memory with itself"};
+  }
+  layout_at.push_back(dense || !row.numel ? -1 : layouts.add(strides));
+  if (to) extents.add(extent_of(to, row.data[0], itemsize(dtype), dense, true)), written.push_back(to);
+  if (from && from != to) extents.add(extent_of(from, row.data[1], itemsize(dtype), dense, false)), read.push_back(from);
+  rows.push_back(row);
+  ends.push_back(work += row.numel + row_cost);
+  firsts.push_back(tiles), tiles += size_t(tiles_of(row));
+  dtypes |= 1u << int(dtype), empty_rows |= !row.numel;
+  small_scalars |= !main->dim() && dtype != DType::f64;
+}
+
+void Rows::point_rows() {
+  layouts.finish();
+  for (size_t r = 0; r < rows.size(); r++) rows[r].layout = layouts[layout_at[r]];
+}
+
+// Large work lets other Python threads run meanwhile, whatever they do with the tensors.
+template <class F> void Rows::without_gil(F f) {
+  point_rows();
+  if (work < release_gil) return f();
+  for (const auto* tensors : {&written, &read})
+    for (const TensorImpl* t : *tensors) alive.push_back(t->unsafe_storage());
+  py::gil_scoped_release released;
+  f();
+}
+
+double Rows::norm(Norm norm) {
+  if (rows.empty()) return 0;
+  numbers.resize(tiles);
+  without_gil([&] { share_reading(*isa, norm, rows.data(), ends.data(), firsts.data(), rows.size(), numbers.data()); });
+  double total = 0;
+  for (const double number : numbers) total = norm == Norm::largest ? (total != total || total > number ? total : number) : total + number;
+  return norm == Norm::squares ? std::sqrt(total) : total;
+}
+
+void Rows::run_rows(size_t pass, const AnyScalars (&scalars)[dtype_count]) {
+  for (Row& row : rows) row.algorithm = uint8_t(std::tuple_size_v<Algorithms> + pass), row.scalars = &scalars[int(row.dtype[0])];
+  for (TensorImpl* t : written) t->bump_version();
+  const bool in_turn = extents.overlap();
+  without_gil([&] {
+    if (!in_turn) return share_rows(*isa, rows.data(), ends.data(), rows.size());
+    for (const Row& row : rows) {
+      const int64_t end = row.numel + row_cost;
+      share_rows(*isa, &row, &end, 1);
+    }
+  });
+}
+
+namespace {
+
+template <class Pass, class... Of> constexpr size_t place_of(std::tuple<Of...>*) {
+  size_t place = 0;
+  ((std::is_same_v<Pass, Of> ? false : (place++, true)) && ...);
+  return place;
+}
+
+// A number as a dtype holds it: the limits of torch.clamp are.
+double rounded_to(DType dtype, double number) {
+  if (dtype == DType::f32) return float(number);
+  if (dtype == DType::bf16) return float(c10::BFloat16(float(number)));
+  if (dtype == DType::f16) return float(c10::Half(float(number)));
+  return number;
+}
+
+}  // namespace
+
+template <class Pass> void Rows::run(double number) {
+  if (rows.empty()) return;
+  AnyScalars scalars[dtype_count];
+  for (int d = 0; d < dtype_count; d++) {
+    const double own = std::is_same_v<Pass, Clamp> ? rounded_to(DType(d), number) : number;
+    if (computes_in_f64(DType(d))) new (&scalars[d]) typename Pass::template Scalars<double>{double(own)};
+    else new (&scalars[d]) typename Pass::template Scalars<float>{float(own)};
+  }
+  run_rows(place_of<Pass>(static_cast<Passes*>(nullptr)), scalars);
+}
+
+void Rows::zero() {
+  if (rows.empty()) return;
+  for (TensorImpl* t : written) t->bump_version();
+  without_gil([&] {
+    auto zero_share = [&](int64_t begin, int64_t end) {
+      for_share(rows.data(), ends.data(), rows.size(), begin, end, line, [&](size_t r, int64_t from, int64_t upto) {
+        const int64_t size = itemsize(rows[r].dtype[0]);
+        std::memset(static_cast<char*>(rows[r].data[0]) + from * size, 0, size_t((upto - from) * size));
+      });
+    };
+    if (work <= grain) zero_share(0, work);
+    else at::parallel_for(0, work, grain, zero_share);
+  });
+}
+
+// ---- functions
+
+namespace {
+
+// The rows of one call, whose memory is that of the calls before.
+class Call {
+ public:
+  explicit Call(const Answers& answers) : answers(answers) {
+    if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Outside{"a torch dispatch mode is active"};
+    if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) throw Outside{"a torch.func transform is active"};
+    if (busy) own = std::make_unique<Rows>();     // another thread is in here, without the GIL
+    else busy = true;
+  }
+  ~Call() {
+    if (!own) busy = false, kept().clear();
+  }
+  Rows& rows() { return own ? *own : kept(); }
+
+  // The items of a list or tuple, or a tensor as the only one. Runs no code of the user's.
+  template <class F> void for_items(PyObject* object, F f) {
+    if (is_exact(object)) return f(object);
+    if (!PyList_CheckExact(object) && !PyTuple_CheckExact(object)) throw Outside{"no list of tensors"};
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); i++) {
+      PyObject* item = PySequence_Fast_GET_ITEM(object, i);
+      if (!is_exact(item)) throw Outside{"a tensor is a subclass"};
+      f(item);
+    }
+  }
+  // The gradients of parameters.
+  template <class F> void for_grads(PyObject* parameters, F f) {
+    for_items(parameters, [&](PyObject* parameter) {
+      const at::Tensor& grad = impl_of(parameter)->grad();
+      if (grad.defined()) f(grad.unsafeGetTensorImpl());
+    });
+  }
+  PyObject* done() const { return Py_NewRef(answers.DONE); }
+
+ private:
+  static Rows& kept() {
+    static auto* const rows = new Rows();
+    return *rows;
+  }
+  inline static bool busy = false;
+  std::unique_ptr<Rows> own;
+  const Answers& answers;
+};
+
+// What float(object) is. May run code of the user's.
+double as_number(PyObject* object) {
+  if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Float(object));
+  if (!number) throw python_error();
+  return PyFloat_AS_DOUBLE(number.ptr());
+}
+
+Norm norm_of(double order) {
+  if (order == 2) return Norm::squares;
+  if (order == 1) return Norm::sum;
+  if (order == INFINITY) return Norm::largest;
+  throw Outside{"a norm other than 1, 2 and inf"};
+}
+
+// A 0-dim tensor as torch's: fp64 if some gradient is, else fp32.
+at::Tensor scalar_tensor(double value, bool f64) {
+  at::Tensor made = at::detail::empty_cpu({}, f64 ? at::kDouble : at::kFloat);
+  if (f64) *static_cast<double*>(made.mutable_data_ptr()) = value;
+  else *static_cast<float*>(made.mutable_data_ptr()) = float(value);
+  return made;
+}
+
+// `value`: the norm as the tensor holds it.
+at::Tensor norm_of_rows(Rows& rows, double order, bool error_if_nonfinite, double& value) {
+  const Norm norm = norm_of(order);
+  if (norm == Norm::largest && rows.any_empty()) throw Outside{"an empty tensor has no largest element"};
+  const bool f64 = rows.has(DType::f64);
+  value = rows.norm(norm);
+  if (!f64) value = float(value);
+  if (error_if_nonfinite && !std::isfinite(value))
+    raise(PyExc_RuntimeError, c10::str("The total norm of order ", py::cast<std::string>(py::repr(py::float_(order))), " for gradients from `parameters` is non-finite, so it "
+          "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"));
+  return scalar_tensor(value, f64);
+}
+
+// max_norm / (norm + 1e-6), at most 1, as torch computes it with 0-dim tensors: a reciprocal and a product.
+template <class T> double coefficient(double max_norm, T norm) {
+  const T coefficient = T(1) / (norm + T(1e-6)) * T(max_norm);
+  return coefficient > 1 ? 1 : coefficient;
+}
+
+}  // namespace
+
+PyObject* clip_grad_norm(const Answers& answers, PyObject* const* args) {
+  const double max_norm = as_number(args[1]), order = as_number(args[2]);
+  const bool error_if_nonfinite = is_true(args[3]);
+  Call call(answers);
+  Rows& rows = call.rows();
+  call.for_grads(args[0], [&](TensorImpl* grad) { rows.add_both(grad); });
+  if (rows.has(DType::f64) && rows.has_small_scalars()) throw Outside{"a gradient without dimensions and a norm of another dtype"};
+  double value;
+  const at::Tensor norm = norm_of_rows(rows, order, error_if_nonfinite, value);
+  const double factor = rows.has(DType::f64) ? coefficient<double>(max_norm, value) : coefficient<float>(max_norm, float(value));
+  if (factor != 1) rows.run<Scale>(factor);
+  return THPVariable_Wrap(norm);
+}
+
+PyObject* total_norm(const Answers& answers, PyObject* const* args) {
+  const double order = as_number(args[1]);
+  const bool error_if_nonfinite = is_true(args[2]);
+  Call call(answers);
+  Rows& rows = call.rows();
+  call.for_items(args[0], [&](PyObject* tensor) { rows.add_read(impl_of(tensor)); });
+  double value;
+  return THPVariable_Wrap(norm_of_rows(rows, order, error_if_nonfinite, value));
+}
+
+PyObject* scale_grads(const Answers& answers, PyObject* const* args) {
+  const double factor = as_number(args[1]);
+  Call call(answers);
+  call.for_grads(args[0], [&](TensorImpl* grad) { call.rows().add_written(grad); });
+  if (factor != 1) call.rows().run<Scale>(factor);
+  return call.done();
+}
+
+PyObject* clip_grad_value(const Answers& answers, PyObject* const* args) {
+  const double limit = as_number(args[1]);
+  if (!(limit >= 0)) throw Outside{"a clip_value that is negative or NaN"};
+  Call call(answers);
+  call.for_grads(args[0], [&](TensorImpl* grad) { call.rows().add_written(grad); });
+  for (int d = 0; d < dtype_count; d++)
+    if (call.rows().has(DType(d)) && std::isinf(rounded_to(DType(d), limit)) && !std::isinf(limit)) throw Outside{"a clip_value that the gradients' dtype does not hold"};
+  call.rows().run<Clamp>(limit);
+  return call.done();
+}
+
+PyObject* average(const Answers& answers, PyObject* const* args) {
+  const double number = as_number(args[2]);
+  const bool is_count = is_true(args[3]);
+  Call call(answers);
+  Rows& rows = call.rows();
+  if (!PyList_CheckExact(args[1]) && !PyTuple_CheckExact(args[1])) throw Outside{"no list of tensors"};
+  Py_ssize_t at = 0;
+  const Py_ssize_t values = PySequence_Fast_GET_SIZE(args[1]);
+  call.for_items(args[0], [&](PyObject* one) {
+    PyObject* value = at < values ? PySequence_Fast_GET_ITEM(args[1], at++) : nullptr;
+    if (!value || !is_exact(value)) throw Outside{"a tensor is a subclass, or missing"};
+    rows.add_pair(impl_of(one), impl_of(value));
+  });
+  if (at != values) throw Outside{"lists of different lengths"};
+  if (!is_count) rows.run<Average>(number);
+  else if (rows.has(DType::bf16) || rows.has(DType::f16)) throw Outside{"a mean in 16 bits, which torch rounds at each operation"};
+  else rows.run<Mean>(number);
+  return call.done();
+}
+
+PyObject* zero_grad(const Answers& answers, PyObject* const* args) {
+  const bool set_to_none = is_true(args[1]);
+  Call call(answers);
+  const py::object groups = attribute(args[0], names::param_groups);
+  if (!PyList_Check(groups.ptr())) throw Outside{"param_groups is no list"};
+  std::vector<at::Tensor> held;
+  // Dropping a gradient may run code of the user's, so nothing is borrowed across it.
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); g++) {
+    const auto group = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(groups.ptr(), g));
+    if (!is_dict(group.ptr())) throw Outside{"a param group is no dict"};
+    const auto params = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(group.ptr(), names::params));
+    if (!params || !PyList_Check(params.ptr())) throw Outside{"a param group has no list of params"};
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); i++) {
+      const auto param = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
+      if (!is_exact(param.ptr()) && !(set_to_none && DTensors::is(param.ptr()))) throw Outside{"a parameter is a tensor subclass"};
+      const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
+      const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
+      if (!grad.defined()) continue;
+      if (set_to_none) {
+        const at::Tensor dropped = std::move(tensor.unsafeGetTensorImpl()->mutable_grad());
+        continue;
+      }
+      if (grad.grad_fn()) throw Outside{"a gradient has a graph"};
+      grad.unsafeGetTensorImpl()->set_requires_grad(false);
+      if (!grad.unsafeGetTensorImpl()->is_non_overlapping_and_dense()) throw Outside{"a gradient is not dense"};
+      held.push_back(grad);
+      call.rows().add_written(grad.unsafeGetTensorImpl());
+    }
+  }
+  call.rows().zero();
+  return call.done();
+}
+
+}  // namespace fastopt

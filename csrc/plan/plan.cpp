@@ -1,0 +1,184 @@
+// The step: check or compare, count, run. What is checked is walk.h's, and what runs is step/isa.h's.
+#include "plan/plan.h"
+
+#include <unordered_map>
+
+#include "plan/threads.h"
+
+namespace fastopt {
+
+py::object Plan::step(PyObject* self, PyObject* fresh, const Answers& answers) {
+  if (busy) {                                     // another thread is in here, running kernels without the GIL; or the user's code
+    Plan other(algorithm);
+    other.temporary = true;
+    return other.step(self, fresh, answers);
+  }
+  struct Call {
+    Plan& plan;
+    explicit Call(Plan& p) : plan(p) { plan.busy = true; }
+    ~Call() { plan.alive.clear(), plan.busy = false, plan.walk.release(); }
+  } call(*this);
+
+  const bool comparing = kept && !fresh;
+  kept = false;                                   // until this step is done
+  bool as_before = false, in_turn = false;
+  try {
+    ask_class(self);
+    as_before = comparing && walk.compare(self);
+    if (!as_before) in_turn = check(self, fresh);
+  } catch (const Outside& outside) {
+    return answers.left_to_torch({PyUnicode_FromString(outside.reason)});
+  }
+  if (walk.missing) return answers.missing({Py_NewRef(walk.missing)});
+  const bool fit = as_before && walk.images.fit();
+  if (!walk.gpu.rows.empty() && !fit) {
+    walk.images.lay_out(walk.gpu.rows, walk.gpu.placed);
+    if (py::object wanted = wants(answers)) return wanted;
+  }
+  if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();   // from here on, it is written
+  if (!walk.cpu.rows.empty()) count_steps(walk.cpu, as_before), run_rows(in_turn);
+  if (!walk.gpu.rows.empty()) fill_images(fit), count_steps(walk.gpu, as_before);
+  kept = walk.comparable && !in_turn;
+  return walk.gpu.rows.empty() ? py::reinterpret_borrow<py::object>(answers.DONE) : launches(answers);
+}
+
+// A class that replaces a part of torch's step, or adds to it, is not for this library.
+void Plan::ask_class(PyObject* self) {
+  if (Py_TYPE(self) != type || type->tp_version_tag != type_version || !type_version) {
+    torchs_step_because = attribute(attribute(self, names::fastopt).ptr(), names::torchs_step_because)(py::handle(self));
+    type = Py_TYPE(self), type_version = type->tp_version_tag;
+  }
+  if (torchs_step_because.is_none()) return;
+  const char* reason = PyUnicode_AsUTF8(torchs_step_because.ptr());
+  if (!reason) throw python_error();
+  throw Outside{reason};
+}
+
+// Everything anew. Whether the rows must be stepped in turn, since parameters share memory.
+bool Plan::check(PyObject* self, PyObject* fresh) {
+  walk.check(self, fresh, !temporary);
+  if (walk.missing) return false;
+  const bool in_turn = walk.extents.overlap();
+  if (in_turn && !walk.gpu.rows.empty()) throw Outside{"on a GPU, parameters share memory"};
+  if (in_turn && walk.any_fresh()) throw Outside{"parameters share memory at their first step"};
+  if (in_turn) count_repeated_steps();
+  point_rows(in_turn);
+  return in_turn;
+}
+
+// A parameter listed twice is stepped twice: its second row is one step further.
+void Plan::count_repeated_steps() {
+  std::unordered_map<TensorImpl*, int> seen;
+  for (size_t r = 0; r < walk.cpu.rows.size(); r++) {
+    Written& w = walk.cpu.written[r];
+    Placed& place = walk.cpu.placed[r];
+    const int before = seen[w.param]++;
+    for (int i = 0; i < before; i++) w.t = w.count_f64 ? w.t + 1 : float(w.t) + 1.0f;
+    if (before) place.scalars = walk.options.scalars_for(place.group, w.t, computes_in_f64(walk.cpu.rows[r].dtype[0]));
+  }
+}
+
+// What the rows of the CPU need to be run.
+void Plan::point_rows(bool in_turn) {
+  ends.clear();
+  int64_t work = 0;
+  for (size_t r = 0; r < walk.cpu.rows.size(); r++) {
+    Row& row = walk.cpu.rows[r];
+    const Placed& place = walk.cpu.placed[r];
+    row.layout = walk.layouts[place.layout];
+    row.scalars = &walk.options.scalars()[place.scalars];
+    work += row.numel + row_cost;
+    ends.push_back(in_turn ? row.numel + row_cost : work);
+  }
+}
+
+// Stores the step counts, and tells autograd that the tensors change. Backwards: what was read last is still in the caches, and what is
+// read first at the next step will be. Of a parameter listed twice, the later row has the higher count. Where parameters have a count in
+// common, each row stores the same.
+void Plan::count_steps(const Batch& batch, bool as_before) {
+  auto raise_to = [](auto* count, double t) { if (*count < t) *count = std::remove_reference_t<decltype(*count)>(t); };
+  auto count = [&](size_t begin, size_t end) {
+    for (size_t r = end; r-- > begin;) {
+      const Written& w = batch.written[r];
+      w.param->bump_version();
+      for (int k = 0; k < algorithm.slots; k++)
+        if (w.slots[k]) w.slots[k]->bump_version();
+      if (!w.step) continue;
+      if (w.count) w.count_f64 ? raise_to(static_cast<double*>(w.count), w.t) : raise_to(static_cast<float*>(w.count), w.t);
+      w.step->bump_version();
+    }
+  };
+  if (as_before) share_params(walk.work, batch.written.size(), count);
+  else count(0, batch.written.size());
+}
+
+void Plan::run_rows(bool in_turn) {
+  const Vec<Row>& rows = walk.cpu.rows;
+  auto run_all = [&] {
+    if (!in_turn) return share_rows(*isa, rows.data(), ends.data(), rows.size());
+    for (size_t r = 0; r < rows.size(); r++) share_rows(*isa, &rows[r], &ends[r], 1);
+  };
+  if (walk.work < release_gil) return run_all();
+  for (const Written& w : walk.cpu.written) {     // other threads may drop them meanwhile
+    alive.push_back(w.param->unsafe_storage()), alive.push_back(w.grad->unsafe_storage());
+    for (const TensorImpl* slot : w.slots)
+      if (slot) alive.push_back(slot->unsafe_storage());
+  }
+  py::gil_scoped_release released;
+  run_all();
+}
+
+// ---- the GPU
+
+// Brings the images up to date; `fit`: their arrays are those of the step before.
+void Plan::fill_images(bool fit) {
+  Batch& gpu = walk.gpu;
+  if (fit) walk.images.refresh(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers(), walk.moved || walk.regrouped);
+  else walk.images.fill(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers());
+}
+
+// The answer if some image has no kernel yet or too small a buffer; else null.
+py::object Plan::wants(const Answers& answers) {
+  py::list wants;
+  size_t place = 0;
+  for (const Image& image : walk.images) {
+    const Kernel& kernel = image.kernel;
+    if (image.wants_buffer())
+      wants.append(answers.want({PyLong_FromSize_t(place), PyLong_FromLong(kernel.device), PyLong_FromLong(long(kernel.used)),
+                                 PyLong_FromLong(int(kernel.param)), PyLong_FromLong(int(kernel.state)), PyBool_FromLong(kernel.capturable),
+                                 PyLong_FromLongLong(image.needed)}));
+    place++;
+  }
+  if (wants.empty()) return py::object();
+  return answers.wants({PyList_AsTuple(wants.ptr())});
+}
+
+py::object Plan::launches(const Answers& answers) {
+  py::list launches;
+  size_t place = 0;
+  for (const Image& image : walk.images) {
+    const int64_t prepared = image.kernel.capturable ? image.rows : 0;
+    if (image.programs || prepared)
+      launches.append(answers.launch({PyLong_FromSize_t(place), PyLong_FromLongLong(image.programs), PyLong_FromLongLong(image.table_at),
+                                      PyLong_FromLongLong(image.scalars_at), PyLong_FromLongLong(image.changed_from),
+                                      PyLong_FromLongLong(image.changed_to), PyLong_FromVoidPtr(const_cast<int64_t*>(image.words.data())),
+                                      PyLong_FromLongLong(prepared), PyLong_FromLongLong(image.hypers_at)}));
+    place++;
+  }
+  if (launches.empty()) return py::reinterpret_borrow<py::object>(answers.DONE);
+  counted.clear();
+  for (const Written& w : walk.gpu.written)
+    if (w.count) counted.push_back(w.step->unsafe_storage());
+  return answers.launches({PyList_AsTuple(launches.ptr())});
+}
+
+void Plan::take_back(size_t image) {
+  for (size_t r = 0; r < walk.gpu.written.size(); r++) {
+    const Written& w = walk.gpu.written[r];
+    if (walk.gpu.placed[r].image != image || !w.count) continue;
+    if (w.count_f64) *static_cast<double*>(w.count) = w.t - 1;
+    else *static_cast<float*>(w.count) = float(w.t - 1);
+  }
+}
+
+}  // namespace fastopt

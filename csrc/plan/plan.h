@@ -1,0 +1,42 @@
+// The plan of an optimizer: what it keeps from step to step, and the step itself.
+#pragma once
+#include "plan/answer.h"
+#include "plan/walk.h"
+
+namespace fastopt {
+
+class Plan {
+ public:
+  explicit Plan(const Algorithm& algorithm) : algorithm(algorithm), walk(algorithm) {}
+  // One step of the optimizer; `fresh`: the list of parameters whose state was made for it, emptied before anything is written, or null.
+  py::object step(PyObject* self, PyObject* fresh, const Answers& answers);
+  // A buffer on the device was made for an image.
+  void set_buffer(size_t image, int64_t words, int64_t address) { walk.images.at(image).set_buffer(words, address); }
+  // The launch of an image failed: its step counts are what they were.
+  void take_back(size_t image);
+
+ private:
+  void ask_class(PyObject* self);
+  bool check(PyObject* self, PyObject* fresh);
+  void count_repeated_steps();
+  void count_steps(const Batch& batch, bool as_before);
+  void point_rows(bool in_turn);
+  void run_rows(bool in_turn);
+  void fill_images(bool fit);
+  py::object wants(const Answers& answers);
+  py::object launches(const Answers& answers);
+
+  const Algorithm& algorithm;
+  Walk walk;
+  Vec<int64_t> ends;                              // of the CPU rows: work up to and including each
+  PyTypeObject* type = nullptr;                   // of the optimizer, when its class was asked
+  unsigned type_version = 0;                      // which changes when the class or a base of it does; 0 is none
+  py::object torchs_step_because;                 // what it said: a str or None
+  bool busy = false;                              // a step is under way, perhaps without the GIL
+  bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
+  bool kept = false;                              // whether what the walk saw is there to be compared
+  Vec<c10::Storage> alive;                        // of a step that runs without the GIL
+  Vec<c10::Storage> counted;                      // the step counts that take_back may have to write
+};
+
+}  // namespace fastopt

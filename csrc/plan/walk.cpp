@@ -1,0 +1,131 @@
+// The walk as a whole, and param groups: reading one, and comparing it. Parameters are walk_param.cpp's.
+#include "plan/walk.h"
+
+#include "plan/threads.h"
+
+namespace fastopt {
+
+int64_t Walk::checks = 0;
+
+namespace {
+
+void refuse_modes() {
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Outside{"a torch dispatch mode is active"};
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) throw Outside{"a torch.func transform is active"};
+}
+
+}  // namespace
+
+// ---- all of it
+
+void Walk::check(PyObject* self, PyObject* fresh, bool gpu_allowed) {
+  checks++;
+  clear();
+  refuse_modes();
+  read(self, fresh);
+  const char* reason = nullptr;
+  for (size_t i = 0; i < seen.size(); i++) try {
+    if (found[i].outside) throw Outside{found[i].outside};
+    if (seen[i].has_grad) check_param(seen[i], found[i], gpu_allowed);
+  } catch (const Outside& outside) {              // the others are checked all the same: torch's step would stop half-way
+    if (!reason) reason = outside.reason;
+  }
+  if (reason) throw Outside{reason};
+  layouts.finish();
+}
+
+bool Walk::compare(PyObject* self) {
+  if (seen_gpu_type != gpu_type) return false;
+  refuse_modes();
+  const py::object groups_object = attribute(self, names::param_groups), state_object = attribute(self, names::state);
+  PyObject* param_groups = groups_object.ptr();
+  if (!PyList_Check(param_groups) || PyList_GET_SIZE(param_groups) != Py_ssize_t(seen_groups.size())) return false;
+  if (state_object.ptr() != state || !is_dict(state) || !has_version(state, state_version)) return false;
+  states_changed = !state_changes_seen || state_changes_seen != state_changes();
+  state_changes_seen = state_changes();
+  moved = regrouped = false;
+  for (size_t g = 0; g < seen_groups.size(); g++)
+    if (!compare_group(PyList_GET_ITEM(param_groups, Py_ssize_t(g)), seen_groups[g])) return false;
+  std::atomic<bool> same{true};
+  auto compare_share = [&](size_t begin, size_t end) {
+    if (!compare_params(begin, end)) same = false;
+  };
+  if (specs.empty()) share_params(work, seen.size(), compare_share);
+  else compare_share(0, seen.size());             // a gradient's Python object is asked for with the GIL
+  if (!same || (moved && extents.overlap())) return false;
+  options.advance();
+  return true;
+}
+
+void Walk::clear() {
+  options.clear(), cpu.clear(), gpu.clear(), layouts.clear(), extents.clear();
+  seen_groups.clear(), seen.clear(), specs.clear(), found.clear();
+  comparable = false, work = 0;
+}
+
+void Walk::release() {
+  options.release();
+  if (held.empty()) return;
+  fresh_params.clear(), held_tensors.clear();
+  if (missing) held.push_back(missing), missing = nullptr;
+  Vec<PyObject*> last;
+  last.swap(held);                                // what dies now may run code that comes back here
+  for (PyObject* object : last) Py_DECREF(object);
+  if (held.empty()) last.clear(), last.swap(held);
+}
+
+PyObject* Walk::hold(PyObject* borrowed) {
+  if (borrowed) held.push_back(Py_NewRef(borrowed));
+  return borrowed;
+}
+TensorImpl* Walk::hold(TensorImpl* borrowed) {
+  if (borrowed) held_tensors.push_back(c10::intrusive_ptr<TensorImpl>::reclaim_copy(borrowed));
+  return borrowed;
+}
+
+// ---- param groups
+
+void Walk::read(PyObject* self, PyObject* fresh) {
+  seen_gpu_type = gpu_type;
+  comparable = true;
+  const py::object groups_object = attribute(self, names::param_groups), state_object = attribute(self, names::state);
+  PyObject* param_groups = hold(groups_object.ptr());
+  state = hold(state_object.ptr());
+  if (!PyList_Check(param_groups) || !is_dict(state)) throw Outside{"param_groups is no list or state no dict"};
+  state_version = version_of(state, DictOf::state);   // first the version, then what it stands for: here and below
+  state_changes_seen = 0;
+  Reader state_reader(state);
+  if (fresh && !algorithm.has_step) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(fresh); i++) fresh_params.push_back(hold(PyList_GET_ITEM(fresh, i)));
+    std::sort(fresh_params.begin(), fresh_params.end());
+  }
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); g++) read_group(hold(PyList_GET_ITEM(param_groups, g)), size_t(g), state_reader);
+}
+
+void Walk::read_group(PyObject* dict, size_t at, Reader& state_reader) {
+  const uint64_t version = is_dict(dict) ? version_of(dict, DictOf::group) : 0;
+  PyObject* params = is_dict(dict) ? hold(item_of(dict, names::params).ptr()) : nullptr;
+  if (!params || !PyList_Check(params)) throw Outside{"a param group is no dict or has no list of params"};
+  PyObject* differentiable = hold(item_of(dict, names::differentiable).ptr());
+  if (differentiable && is_true(differentiable)) throw Outside{"differentiable=True"};
+  comparable = comparable && options.is_simple(dict);
+  SeenGroup group = {dict, params, version, 0, seen.size(), -1};
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); i++) read_param(hold(PyList_GET_ITEM(params, i)), {at, size_t(i)}, group, state_reader);
+  group.count = Py_ssize_t(seen.size() - group.first);
+  seen_groups.push_back(std::move(group));
+}
+
+bool Walk::compare_group(PyObject* dict, SeenGroup& group) {
+  if (dict != group.dict || !is_dict(dict)) return false;
+  const bool tensors = group.group >= 0 && options[size_t(group.group)].tensors;
+  if (tensors || !has_version(dict, group.version)) {
+    if (!options.is_simple(dict)) return false;
+    group.version = version_of(dict, DictOf::group), group.params = PyDict_GetItemWithError(dict, names::params);
+    if (!group.params || !PyList_Check(group.params)) return false;
+    if (group.group >= 0 && !options.read_again(size_t(group.group), dict)) return false;
+    regrouped = true;
+  }
+  return PyList_GET_SIZE(group.params) == group.count;
+}
+
+}  // namespace fastopt
