@@ -111,7 +111,7 @@ class FusedStep(_Base):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         self._fastopt_unscales = value
-        self._fastopt_plan = None  # the next one asks why torch's step should run
+        self._fastopt_plan = self._fastopt_gpu = None  # the next ones; the plan asks why torch's step should run
 
     # ---- loading
 
@@ -126,10 +126,12 @@ class FusedStep(_Base):
         Raises:
             ValueError: the state of a parameter is incomplete or of another shape; nothing was loaded.
         """
-        own = [{name: group[name] for name in _IMPLEMENTATION if name in group} for group in self.param_groups]
+        own: list[dict[str, Any]] = []
         loaded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def check(_: Optimizer, final: dict[str, Any]) -> None:
+            for group in self.param_groups:
+                own.append({name: group[name] for name in _IMPLEMENTATION if name in group})
             for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
                 for param, key in zip(group["params"], saved["params"], strict=False):
                     if entry := final["state"].get(key):

@@ -12,6 +12,7 @@ What torch's module has and this one does not change is torch's own object.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,17 +33,22 @@ def __getattr__(name: str) -> Any:
     return getattr(torch_swa_utils, name)
 
 
-class _Update:
-    """An update of averages that we know: ``number(num_averaged)`` is the weight of the values, or their count."""
+def _known(torch_update: Any, number: Callable[[Any], Any], is_count: bool = False) -> Any:
+    """The function of torch's, but one pass; ``number(num_averaged)`` is the weight of the values, or their count."""
 
-    def __init__(self, torch_update: TorchUpdate, number: Callable[[Any], Any], is_count: bool = False):
-        self.torch_update, self.number, self.is_count = torch_update, number, is_count
+    def take_in(averages: Any, values: Any, num_averaged: Tensor | int) -> Any:
+        """What the extension answers: something true if it did not."""
+        return _C.average_(averages, values, float(number(num_averaged)), is_count)
 
-    def __call__(self, averages: list[Tensor], values: list[Tensor], num_averaged: Tensor | int) -> None:
-        if is_dynamo_compiling() or _C is None:
-            return self.torch_update(averages, values, num_averaged)
-        if answer := _C.average_(averages, values, float(self.number(num_averaged)), self.is_count):
-            left_to_torch(self.torch_update, answer, averages, values, num_averaged)
+    @functools.wraps(torch_update)
+    def update(*args: Any, **kwargs: Any) -> None:
+        if is_dynamo_compiling() or _C is None or len(args) != 3 or kwargs:
+            torch_update(*args, **kwargs)
+        elif answer := take_in(*args):
+            left_to_torch(torch_update, answer, *args)
+
+    update._take_in = take_in  # type: ignore[attr-defined]
+    return update
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> TorchUpdate:
@@ -65,7 +71,8 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> TorchUpdate:
     >>> average
     tensor([0.2500])
     """
-    return _Update(_torch.get_ema_multi_avg_fn(decay), lambda num_averaged: 1 - decay)
+    update: TorchUpdate = _known(_torch.get_ema_multi_avg_fn(decay), lambda num_averaged: 1 - decay)
+    return update
 
 
 def get_swa_multi_avg_fn() -> TorchUpdate:
@@ -82,7 +89,8 @@ def get_swa_multi_avg_fn() -> TorchUpdate:
     >>> average
     tensor([0.2500])
     """
-    return _Update(_torch.get_swa_multi_avg_fn(), lambda num_averaged: 1 / (num_averaged + 1))
+    update: TorchUpdate = _known(_torch.get_swa_multi_avg_fn(), lambda num_averaged: 1 / (num_averaged + 1))
+    return update
 
 
 class AveragedModel(torch_swa_utils.AveragedModel):
@@ -116,39 +124,33 @@ class AveragedModel(torch_swa_utils.AveragedModel):
     def update_parameters(self, model: Module) -> None:
         """Takes the present parameters of ``model`` into the averages; the first time, copies them."""
         update = _MEAN if self.multi_avg_fn is None and self.avg_fn is None else self.multi_avg_fn
-        if isinstance(update, _Update) and self.n_averaged > 0 and _updated(update, self, model):
+        take_in = getattr(update, "_take_in", None)
+        if take_in is not None and self.n_averaged > 0 and _took_in(take_in, self, model):
             self.n_averaged += 1
         else:
             super().update_parameters(model)
 
 
 # What AveragedModel does on CPU unless told otherwise; other bits than get_swa_multi_avg_fn.
-_MEAN = _Update(_torch.get_swa_multi_avg_fn(), lambda num_averaged: num_averaged + 1, is_count=True)
+_MEAN = _known(_torch.get_swa_multi_avg_fn(), lambda num_averaged: num_averaged + 1, is_count=True)
 
 
 @torch.no_grad()
-def _updated(update: _Update, averaged: AveragedModel, model: Module) -> bool:
+def _took_in(take_in: Callable[..., Any], averaged: AveragedModel, model: Module) -> bool:
     """Updates all averages; or none, and torch's own code shall do it."""
     if is_dynamo_compiling() or _C is None:
         return False
-    averages: list[Tensor] = list(averaged.module.parameters())
-    values: list[Tensor] = list(model.parameters())
     own_buffers, buffers = list(averaged.module.buffers()), list(model.buffers())
-    rest: list[tuple[Tensor, Tensor]] = []  # buffers that are no floating numbers
+    averages, values = list(averaged.parameters()), list(model.parameters())
     if averaged.use_buffers:
-        for own, other in zip(own_buffers, buffers, strict=True):
-            if own.is_floating_point():
-                averages.append(own)
-                values.append(other)
-            else:
-                rest.append((own, other))
-        if rest and update is _MEAN:
-            return False
-    if answer := _C.average_(averages, values, float(update.number(averaged.n_averaged)), update.is_count):
+        averages, values = [*averaged.module.parameters(), *own_buffers], [*values, *buffers]  # type: ignore[list-item]
+        if not all(tensor.is_floating_point() for tensor in own_buffers):
+            return False  # torch averages each dtype in its own way
+    if len(averages) != len(values):
+        return False
+    if answer := take_in(averages, values, averaged.n_averaged):
         count_left_to_torch("AveragedModel", answer)
         return False
-    if rest:
-        update.torch_update([own for own, _ in rest], [other for _, other in rest], averaged.n_averaged)
     if not averaged.use_buffers:
         for own, other in zip(own_buffers, buffers, strict=True):
             own.detach().copy_(other.detach().to(own.device))

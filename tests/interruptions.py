@@ -267,12 +267,12 @@ def slots_of_new_state(it):
     it.optimizer.state.clear()
     base = type(it.optimizer)
 
-    def _new_state(optimizer, group, param):
-        new = base._new_state(optimizer, group, param)
-        it.interrupt()
-        return new
+    class Slots(type(base._fastopt)):
+        def slots(self, optimizer, group):
+            it.interrupt()
+            return super().slots(optimizer, group)
 
-    it.optimizer.__class__ = type(base.__name__, (base,), {"_new_state": _new_state})
+    it.optimizer.__class__ = type(base.__name__, (base,), {"_fastopt": Slots()})
 
 
 def step_count(it):
@@ -365,8 +365,8 @@ def places_of(row):
     options = row.theirs([torch.nn.Parameter(torch.zeros(1))]).param_groups[0].keys() - {"params"}
     return (
         *(option(name) for name in sorted(options)), option_that_dies, *[a_pair_of_three] * ("betas" in options),
-        *(attribute(name) for name in ("param_groups", "state", "_plan", "_update", "_gpu")),
-        *[step_count] * row.ours([torch.zeros(1)])._has_step(), slots_of_new_state, state_slot, item_of_params,
+        *(attribute(name) for name in ("param_groups", "state", "_fastopt_plan", "_fastopt", "_fastopt_gpu")),
+        *[step_count] * row.ours._fastopt.has_step, slots_of_new_state, state_slot, item_of_params,
         keys_of_groups, keys_of_entries, equality_of_parameters, hash_of_parameters,
         class_lookup("__torch_function__"), class_lookup("grad"), parameters_that_die,
     )  # fmt: skip
@@ -496,7 +496,10 @@ def run_thread(row, seconds=1.0):
     optimizer, params = optimizer_of(row)
     large = torch.nn.Parameter(torch.ones(300_000))  # a step releases the GIL
     large.grad = torch.ones(300_000)
-    calm = [deed for deed in DEEDS if deed not in (another_step, step_after_clearing, raise_an_error)]
+    # Nothing can survive what frees a storage under a running kernel; nor, in torch, one thread that reads a gradient
+    # while another drops it: `param.grad` itself crashes.
+    wild = another_step, step_after_clearing, raise_an_error, free_storages, no_gradients, other_data, swap, clear_all
+    calm = [deed for deed in DEEDS if deed not in wild]
 
     def disturb():
         for t in itertools.count():

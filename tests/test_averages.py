@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -125,3 +126,59 @@ def test_every_other_name_is_torchs_own():
     assert ours.SWALR is theirs.SWALR and ours.update_bn is theirs.update_bn
     with pytest.raises(AttributeError, match="torch.optim.*no attribute 'Adamantium'"):
         fastopt.Adamantium  # noqa: B018
+
+
+def test_a_refused_update_changes_nothing():
+    """torch cannot divide integer buffers, and says so each time."""
+    module = torch.nn.BatchNorm1d(2)
+    averaged = ours.AveragedModel(module, multi_avg_fn=ours.get_swa_multi_avg_fn(), use_buffers=True)
+    averaged.update_parameters(module)
+    module.weight.data.fill_(3.0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Integer division"):
+            averaged.update_parameters(module)
+    assert averaged.n_averaged == 1
+
+
+def test_buffers_of_any_dtype_and_of_later():
+    both = []
+    for of in (theirs, ours):
+        module = torch.nn.BatchNorm1d(2)
+        module.register_buffer("complex", torch.ones(2, dtype=torch.complex64))
+        module.register_buffer("integer", torch.tensor(4))
+        averaged = of.AveragedModel(module, multi_avg_fn=of.get_ema_multi_avg_fn(0.3), use_buffers=True)
+        averaged.update_parameters(module)
+        module.register_buffer("late", torch.ones(1))
+        train(module, 1)
+        averaged.update_parameters(module)
+        both.append(list(averaged.state_dict().values()))
+    assert_same_bits(*both, "buffers")
+
+
+def test_parameters_of_a_subclass():
+    both = []
+    for of in (theirs, ours):
+
+        class Some(of.AveragedModel):
+            def parameters(self, recurse=True):
+                return iter([self.module.weight])
+
+        module = torch.nn.Linear(2, 2)
+        torch.nn.init.zeros_(module.weight)
+        torch.nn.init.zeros_(module.bias)
+        averaged = Some(module, multi_avg_fn=of.get_ema_multi_avg_fn(0.3))
+        for value in (1.0, 2.0):
+            for param in module.parameters():
+                param.data.fill_(value)
+            averaged.update_parameters(module)
+        both.append([averaged.module.weight.detach(), averaged.module.bias.detach()])
+    assert_same_bits(*both, "some")
+
+
+def test_functions_are_called_as_torchs():
+    for name in ("get_ema_multi_avg_fn", "get_swa_multi_avg_fn"):
+        function, own = getattr(theirs, name)(), getattr(ours, name)()
+        assert own.__name__ == function.__name__
+        arguments = [[torch.zeros(2)], [torch.ones(2)], 1]
+        own(**dict(zip(inspect.signature(function).parameters, arguments, strict=True)))
+        assert arguments[0][0][0] > 0

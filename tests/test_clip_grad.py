@@ -273,3 +273,11 @@ def test_more_elements_than_32_bits_count():
     torch.set_num_threads(2)
     assert fastopt.clip_grad_norm_(param, 1.0).item() == np.float32(0.5 * math.sqrt(2**31 + 5))
     assert grad[-1] == grad[0] != 0.5
+
+
+def test_no_gradients_in_another_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert fastopt.get_total_norm([]).dtype == utils.get_total_norm([]).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

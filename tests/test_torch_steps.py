@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastopt.backends import torch_steps
+
 from . import reference
 from .optimizers import ROWS
 from .reference import assert_same_bits, drive, fresh
@@ -174,3 +176,41 @@ def test_one_step_of_everything_torch_lists(row):
             theirs = drive(row.make_reference(copy.deepcopy(plain))(fresh(trainable)), grads_per_step)
         assert_same_bits(ours, theirs, f"{row.name} {entry.desc} {options}")
     assert len(inputs) > 10
+
+
+class Doubling(torch.Tensor):
+    """Adds twice what it is to be added."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if function.__name__ == "add_":
+                args = (args[0], args[1] * 2, *args[2:])
+            return function(*args, **(kwargs or {}))
+
+
+@every_row
+@pytest.mark.parametrize("what", ["gradient", "gradient of a later step", "state", "lr"])
+def test_subclass_with_a_say(row, what):
+    """Of a plain parameter's gradient, state or learning rate: torch's own step asks it."""
+
+    def run(cls):
+        param = nn.Parameter(torch.ones(3))
+        optimizer = cls([param], foreach=False, **row.plain)
+        for step in range(4):
+            param.grad = torch.full((3,), 0.5)
+            if what == "gradient" or (what == "gradient of a later step" and step > 1):
+                param.grad = param.grad.as_subclass(Doubling)
+            if what == "state":
+                for entry in optimizer.state.values():
+                    entry.update({k: v.as_subclass(Doubling) for k, v in entry.items() if torch.is_tensor(v)})
+            if what == "lr":
+                optimizer.param_groups[0]["lr"] = torch.tensor(0.1).as_subclass(Doubling)
+            with reference.correctly_rounded_sqrt():
+                optimizer.step()
+        return torch.Tensor.as_subclass(param.detach(), torch.Tensor)
+
+    before = sum(torch_steps.values())
+    assert_same_bits(run(row.ours), run(row.theirs))
+    stateless = what == "state" and not row.slots
+    assert stateless or sum(torch_steps.values()) > before

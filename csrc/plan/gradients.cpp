@@ -13,7 +13,7 @@ namespace fastopt {
 // ---- rows
 
 void Rows::clear() {
-  rows.clear(), ends.clear(), layout_at.clear(), firsts.clear(), written.clear(), read.clear(), alive.clear(), layouts.clear(), extents.clear();
+  rows.clear(), ends.clear(), layout_at.clear(), firsts.clear(), written.clear(), read.clear(), held.clear(), alive.clear(), layouts.clear(), extents.clear();
   work = 0, tiles = 0, dtypes = 0, empty_rows = small_scalars = false;
 }
 
@@ -59,12 +59,12 @@ void Rows::point_rows() {
   for (size_t r = 0; r < rows.size(); r++) rows[r].layout = layouts[layout_at[r]];
 }
 
-// Large work lets other Python threads run meanwhile, whatever they do with the tensors.
+// Large work lets other Python threads run meanwhile, which may drop the tensors.
 template <class F> void Rows::without_gil(F f) {
   point_rows();
   if (work < release_gil) return f();
   for (const auto* tensors : {&written, &read})
-    for (const TensorImpl* t : *tensors) alive.push_back(t->unsafe_storage());
+    for (TensorImpl* t : *tensors) held.push_back(c10::intrusive_ptr<TensorImpl>::reclaim_copy(t)), alive.push_back(t->unsafe_storage());
   py::gil_scoped_release released;
   f();
 }
@@ -167,7 +167,10 @@ class Call {
   template <class F> void for_grads(PyObject* parameters, F f) {
     for_items(parameters, [&](PyObject* parameter) {
       const at::Tensor& grad = impl_of(parameter)->grad();
-      if (grad.defined()) f(grad.unsafeGetTensorImpl());
+      if (!grad.defined()) return;
+      PyObject* wrapper = object_of(grad.unsafeGetTensorImpl());
+      if (wrapper && !is_exact(wrapper)) throw Outside{"a gradient is a tensor subclass"};
+      f(grad.unsafeGetTensorImpl());
     });
   }
   PyObject* done() const { return Py_NewRef(answers.DONE); }
@@ -209,7 +212,7 @@ at::Tensor scalar_tensor(double value, bool f64) {
 at::Tensor norm_of_rows(Rows& rows, double order, bool error_if_nonfinite, double& value) {
   const Norm norm = norm_of(order);
   if (norm == Norm::largest && rows.any_empty()) throw Outside{"an empty tensor has no largest element"};
-  const bool f64 = rows.has(DType::f64);
+  const bool f64 = rows.has(DType::f64) || (rows.empty() && c10::get_default_dtype_as_scalartype() == at::kDouble);   // torch.tensor(0.0)
   value = rows.norm(norm);
   if (!f64) value = float(value);
   if (error_if_nonfinite && !std::isfinite(value))
@@ -300,7 +303,7 @@ PyObject* zero_grad(const Answers& answers, PyObject* const* args) {
     const auto group = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(groups.ptr(), g));
     if (!is_dict(group.ptr())) throw Outside{"a param group is no dict"};
     const auto params = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(group.ptr(), names::params));
-    if (!params || !PyList_Check(params.ptr())) throw Outside{"a param group has no list of params"};
+    if (!params || !PyList_CheckExact(params.ptr())) throw Outside{"a param group has no list of params"};
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); i++) {
       const auto param = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
       if (!is_exact(param.ptr()) && !(set_to_none && DTensors::is(param.ptr()))) throw Outside{"a parameter is a tensor subclass"};
@@ -312,6 +315,8 @@ PyObject* zero_grad(const Answers& answers, PyObject* const* args) {
         continue;
       }
       if (grad.grad_fn()) throw Outside{"a gradient has a graph"};
+      PyObject* wrapper = object_of(grad.unsafeGetTensorImpl());
+      if (wrapper && !is_exact(wrapper)) throw Outside{"a gradient is a tensor subclass"};
       grad.unsafeGetTensorImpl()->set_requires_grad(false);
       if (!grad.unsafeGetTensorImpl()->is_non_overlapping_and_dense()) throw Outside{"a gradient is not dense"};
       held.push_back(grad);

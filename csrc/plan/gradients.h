@@ -1,6 +1,6 @@
 // What surrounds a step, by lists of tensors and without an optimizer's plan: norms, clipping, averaging, zeroing.
 //
-// Each function checks all of its tensors before it writes one. Those that are not for this library make it answer LeftToTorch(reason):
+// Each function checks all of its tensors before it writes one; but zero_grad, which can be repeated, as it goes. Those that are not for this library make it answer LeftToTorch(reason):
 // torch's own function shall do it. Nothing is kept of the tensors, only the memory of the rows.
 #pragma once
 #include "plan/answer.h"
@@ -44,7 +44,8 @@ class Rows {
   Vec<size_t> firsts;                             // of the tiles of each row
   Vec<double> numbers;                            // of the tiles
   Vec<TensorImpl*> written, read;
-  Vec<c10::Storage> alive;                        // while the GIL is released
+  Vec<c10::intrusive_ptr<TensorImpl>> held;       // and their memory, once the GIL was released
+  Vec<c10::Storage> alive;
   Layouts layouts;
   Extents extents;
   int64_t work = 0;

@@ -69,7 +69,7 @@ void Options::read(PyObject* dict, size_t at, Group& group, Hypers& hypers, Numb
       hypers.numbers[n] = PyFloat_AS_DOUBLE(item);
     } else if (!PyLong_CheckExact(item) && THPVariable_Check(item)) {   // isinstance(1, torch.Tensor) is a call into Python
       const at::Tensor& tensor = THPVariable_Unpack(item);
-      if (!is_plain(tensor.unsafeGetTensorImpl()) && tensor.key_set().has(c10::DispatchKey::Python)) throw Outside{"a hyper-parameter is a tensor subclass"};
+      if (tensor.key_set().has(c10::DispatchKey::Python) || (!is_exact(item) && has_torch_function(item))) throw Outside{"a hyper-parameter is a tensor subclass"};
       if (tensor.numel() != 1) raise(PyExc_ValueError, c10::str("Tensor ", key, " of param group ", at, " must be 1-element, not of shape ", tensor.sizes()));
       group.tensors = true;
       if (group.capturable && tensor.device().type() == gpu_type) {

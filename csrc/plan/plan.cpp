@@ -16,7 +16,7 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Answers& answers) {
   struct Call {
     Plan& plan;
     explicit Call(Plan& p) : plan(p) { plan.busy = true; }
-    ~Call() { plan.alive.clear(), plan.busy = false, plan.walk.release(); }
+    ~Call() { plan.alive.clear(), plan.walk.release(), plan.busy = false; }   // what dies may run code that comes back here
   } call(*this);
 
   const bool comparing = kept && !fresh;
@@ -36,8 +36,9 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Answers& answers) {
     if (py::object wanted = wants(answers)) return wanted;
   }
   if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();   // from here on, it is written
+  walk.bump_dtensors();
+  if (!walk.gpu.rows.empty()) fill_images(fit), count_steps(walk.gpu, as_before);   // first: rows of the CPU may run without the GIL
   if (!walk.cpu.rows.empty()) count_steps(walk.cpu, as_before), run_rows(in_turn);
-  if (!walk.gpu.rows.empty()) fill_images(fit), count_steps(walk.gpu, as_before);
   kept = walk.comparable && !in_turn;
   return walk.gpu.rows.empty() ? py::reinterpret_borrow<py::object>(answers.DONE) : launches(answers);
 }
@@ -130,11 +131,14 @@ void Plan::run_rows(bool in_turn) {
 
 // ---- the GPU
 
-// Brings the images up to date; `fit`: their arrays are those of the step before.
+// Brings the images up to date, and holds the step counts; `fit`: their arrays are those of the step before.
 void Plan::fill_images(bool fit) {
   Batch& gpu = walk.gpu;
   if (fit) walk.images.refresh(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers(), walk.moved || walk.regrouped);
   else walk.images.fill(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers());
+  counted.clear();
+  for (const Written& w : gpu.written)
+    if (w.count) counted.push_back(w.step->unsafe_storage());
 }
 
 // The answer if some image has no kernel yet or too small a buffer; else null.
@@ -166,9 +170,6 @@ py::object Plan::launches(const Answers& answers) {
     place++;
   }
   if (launches.empty()) return py::reinterpret_borrow<py::object>(answers.DONE);
-  counted.clear();
-  for (const Written& w : walk.gpu.written)
-    if (w.count) counted.push_back(w.step->unsafe_storage());
   return answers.launches({PyList_AsTuple(launches.ptr())});
 }
 

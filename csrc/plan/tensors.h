@@ -35,6 +35,14 @@ inline bool is_exact(PyObject* object) { return THPVariable_CheckTypeExact(Py_TY
 
 inline TensorImpl* impl_of(PyObject* tensor) { return THPVariable_Unpack(tensor).unsafeGetTensorImpl(); }
 
+// The Python object of a tensor, or null if it has none yet.
+template <class Slot> auto object_in(const Slot* slot, int) -> decltype(slot->load_pyobj()) { return slot->load_pyobj(); }
+template <class Slot> PyObject* object_in(const Slot* slot, long) {   // up to torch 2.10
+  const auto found = slot->check_pyobj();
+  return found ? *found : nullptr;
+}
+inline PyObject* object_of(TensorImpl* t) { return object_in(t->pyobj_slot(), 0); }
+
 // Whether a subclass has a say in what is done with its tensors; or in what their gradient is.
 inline bool has_torch_function(PyObject* tensor) {
   static PyObject* const disabled = py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl")).release().ptr();
@@ -54,8 +62,6 @@ inline bool dtype_of(const TensorImpl* t, DType& out) {
     default: return false;
   }
 }
-constexpr at::ScalarType torch_dtypes[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};   // in the order of DType
-
 inline std::string dtype_text(const TensorImpl* t) { return c10::toString(t->dtype().toScalarType()); }
 
 // ---- alike

@@ -68,10 +68,18 @@ void Walk::release() {
   if (held.empty()) return;
   fresh_params.clear(), held_tensors.clear();
   if (missing) held.push_back(missing), missing = nullptr;
-  Vec<PyObject*> last;
-  last.swap(held);                                // what dies now may run code that comes back here
-  for (PyObject* object : last) Py_DECREF(object);
-  if (held.empty()) last.clear(), last.swap(held);
+  for (PyObject* object : held) Py_DECREF(object);
+  held.clear();
+}
+
+void Walk::bump_dtensors() const {
+  if (specs.empty()) return;
+  for (const SeenParam& own : seen) {
+    if (own.specs < 0 || !own.has_grad) continue;
+    impl_of(own.object)->bump_version();
+    for (PyObject* slot : own.slots)
+      if (slot) impl_of(slot)->bump_version();
+  }
 }
 
 PyObject* Walk::hold(PyObject* borrowed) {
@@ -105,7 +113,7 @@ void Walk::read(PyObject* self, PyObject* fresh) {
 void Walk::read_group(PyObject* dict, size_t at, Reader& state_reader) {
   const uint64_t version = is_dict(dict) ? version_of(dict, DictOf::group) : 0;
   PyObject* params = is_dict(dict) ? hold(item_of(dict, names::params).ptr()) : nullptr;
-  if (!params || !PyList_Check(params)) throw Outside{"a param group is no dict or has no list of params"};
+  if (!params || !PyList_CheckExact(params)) throw Outside{"a param group is no dict or has no list of params"};
   PyObject* differentiable = hold(item_of(dict, names::differentiable).ptr());
   if (differentiable && is_true(differentiable)) throw Outside{"differentiable=True"};
   comparable = comparable && options.is_simple(dict);
@@ -121,7 +129,7 @@ bool Walk::compare_group(PyObject* dict, SeenGroup& group) {
   if (tensors || !has_version(dict, group.version)) {
     if (!options.is_simple(dict)) return false;
     group.version = version_of(dict, DictOf::group), group.params = PyDict_GetItemWithError(dict, names::params);
-    if (!group.params || !PyList_Check(group.params)) return false;
+    if (!group.params || !PyList_CheckExact(group.params)) return false;
     if (group.group >= 0 && !options.read_again(size_t(group.group), dict)) return false;
     regrouped = true;
   }

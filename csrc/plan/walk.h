@@ -46,6 +46,8 @@ class Walk {
   bool compare(PyObject* self);
   // What must not outlive the call.
   void release();
+  // Tells autograd that DTensors change, of which the rows have the local tensors.
+  void bump_dtensors() const;
   // Whether state was made for this step, of an algorithm without step count.
   bool any_fresh() const { return !fresh_params.empty(); }
 

@@ -70,6 +70,8 @@ void Walk::read_param(PyObject* object, Where where, SeenGroup& group, Reader& s
       read_dtensor(object, hold(wrapped.ptr()), own, f);
     }
     f.foreign = !exact && !f.is_dtensor && has_torch_function(object);
+    PyObject* wrapper = object_of(grad.unsafeGetTensorImpl());
+    if (wrapper && !f.is_dtensor && !is_exact(wrapper) && has_torch_function(wrapper)) throw Outside{"a gradient is sparse, a tensor subclass or not strided"};
     if (group.group < 0) group.group = int64_t(options.add(group.dict, where.group));
     f.group = size_t(group.group);
     const unsigned used = options[f.group].used;
@@ -96,6 +98,7 @@ void Walk::read_entry(PyObject* entry, SeenParam& own, Found& f, unsigned used) 
     PyObject* slot = own.slots[k];
     TensorImpl*& operand = f.operands[2 + k];
     operand = hold(tensor_or_null(slot));
+    if (operand && !f.is_dtensor && !is_exact(slot) && has_torch_function(slot)) throw Outside{"a state tensor is a subclass"};
     if (!operand || !f.is_dtensor) continue;
     if (!DTensors::is(slot)) throw Outside{"state of a DTensor is none"};
     auto& own_specs = specs[size_t(own.specs)];
@@ -305,6 +308,7 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own) {
     if (!spec) return is_exact(tensor) ? impl_of(tensor) : nullptr;
     return DTensors::is(tensor) && DTensors::spec(tensor) == (*spec)[size_t(k)].ptr() ? DTensors::local(tensor) : nullptr;
   };
+  if (PyObject* wrapper = object_of(grad); wrapper && !spec && !is_exact(wrapper)) return false;
   if (spec) {
     const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad_tensor));
     param = unpack(object, 0), grad = unpack(wrapped.ptr(), 1);
