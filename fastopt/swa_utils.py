@@ -21,7 +21,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Module
 from torch.optim import swa_utils as torch_swa_utils
 
-from .backends import _C, count_left_to_torch, left_to_torch
+from .backends import _C, count_left_to_torch, left_to_torch, on_gpu
 
 __all__ = list(torch_swa_utils.__all__)
 _torch: Any = torch_swa_utils  # which has no types
@@ -30,6 +30,10 @@ TorchUpdate = Callable[[list[Tensor], list[Tensor], Tensor | int], None]
 
 def __getattr__(name: str) -> Any:
     return getattr(torch_swa_utils, name)
+
+
+def _average(*args: Any) -> Any:
+    return on_gpu(_C.average_(*args), "average")
 
 
 class _Update:
@@ -41,7 +45,7 @@ class _Update:
     def __call__(self, averages: list[Tensor], values: list[Tensor], num_averaged: Tensor | int) -> None:
         if is_dynamo_compiling() or _C is None:
             return self.torch_update(averages, values, num_averaged)
-        if answer := _C.average_(averages, values, float(self.number(num_averaged)), self.is_count):
+        if answer := _average(averages, values, float(self.number(num_averaged)), self.is_count):
             left_to_torch(self.torch_update, answer, averages, values, num_averaged)
 
 
@@ -122,7 +126,7 @@ class AveragedModel(torch_swa_utils.AveragedModel):
             super().update_parameters(model)
 
 
-# What AveragedModel does on CPU unless told otherwise; other bits than get_swa_multi_avg_fn.
+# What AveragedModel does unless told otherwise; on CPU other bits than get_swa_multi_avg_fn.
 _MEAN = _Update(_torch.get_swa_multi_avg_fn(), lambda num_averaged: num_averaged + 1, is_count=True)
 
 
@@ -144,7 +148,7 @@ def _updated(update: _Update, averaged: AveragedModel, model: Module) -> bool:
                 rest.append((own, other))
         if rest and update is _MEAN:
             return False
-    if answer := _C.average_(averages, values, float(update.number(averaged.n_averaged)), update.is_count):
+    if answer := _average(averages, values, float(update.number(averaged.n_averaged)), update.is_count):
         count_left_to_torch("AveragedModel", answer)
         return False
     if rest:

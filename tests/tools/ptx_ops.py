@@ -258,6 +258,12 @@ def _float_sign(op: str, kind: str) -> Operation:
     return Operation(kind, (kind,), np.negative if op == "neg" else np.abs)
 
 
+@form(r"abs\.b?f16(x2)?")
+def _short_magnitude(pair: str | None) -> Operation:
+    kind = "b32" if pair else "b16"
+    return Operation(kind, (kind,), lambda a: a & NUMPY[kind](0x7FFF7FFF if pair else 0x7FFF))
+
+
 # Conversions
 
 
