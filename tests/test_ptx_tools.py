@@ -157,6 +157,15 @@ def half(kind, bits):
     return struct.unpack("<e", struct.pack("<H", bits))[0]
 
 
+def largest_half(kind):
+    def reference(*bits):
+        if any(math.isnan(half(kind, x)) for x in bits):
+            return 0x7FFF
+        return max(bits, key=lambda x: (half(kind, x), math.copysign(1, half(kind, x))))
+
+    return reference
+
+
 def single(bits):
     return struct.unpack("<f", struct.pack("<I", bits & 0xFFFFFFFF))[0]
 
@@ -237,6 +246,7 @@ def cases():
         narrow = narrowed(kind)
         add, subtract, multiply_add = (correctly_rounded(f, "f32") for f in (operator.add, operator.sub, fma))
         yield f"cvt.f32.{kind}", "f32", ["b16"], lambda a, kind=kind: half(kind, a)
+        yield f"max.NaN.{kind}", "b16", ["b16"] * 2, largest_half(kind)
         yield f"abs.{kind}", "b16", ["b16"], lambda a: a & 0x7FFF
         yield f"abs.{kind}x2", "b32", ["b32"], lambda a: a & 0x7FFF7FFF
         yield f"cvt.rn.{kind}.f32", "b16", ["f32"], narrow
