@@ -104,7 +104,7 @@ def run(
     """
     device = torch.device(_C.gpu_type(), todo.device)
     with _current(device):
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _is_cuda(device) and torch.cuda.is_current_stream_capturing():
             return _C.LeftToTorch(("a CUDA graph is being captured",))
         launches = Pass(todo, device)
         if name in ("norm", "clip"):
@@ -129,3 +129,7 @@ NOT_FINITE = (
 def _rounded(number: int) -> int:
     """Up to a power of two: a few more tensors want no other buffer."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"

@@ -116,7 +116,8 @@ def _sum_chunk(address, base, numel, scale, NORM: tl.constexpr, EXACT: tl.conste
 
     offsets = vectors * VEC + tl.arange(0, TAIL)  # fewer than VEC are left
     value = tl.load(pointer + offsets, offsets < numel, 0.0).to(T) * scale
-    rest_high, rest_low = _join(*_include(tl.zeros([TAIL], T), tl.zeros([TAIL], T), value, NORM, EXACT), NORM)
+    rest_high, rest_low = _include(tl.zeros([TAIL], T), tl.zeros([TAIL], T), value, NORM, EXACT)
+    rest_high, rest_low = _join(rest_high, rest_low, NORM)
     if NORM == LARGEST:
         return maximum(high, rest_high), low
     else:

@@ -22,7 +22,10 @@ class PassImage {
     if (!current) lay_out(rows);
     changed_from = current ? int64_t(words.size()) : 0, changed_to = current ? 0 : int64_t(words.size());
     for (size_t r = 0; r < rows.size(); r++)
-      for (int k = 0; k < 2; k++) put(table_at + int64_t(r) * 3 + 1 + k, reinterpret_cast<int64_t>(rows[r].data[k]));
+      for (int k = 0; k < 2; k++) {       // one tensor is at both addresses, whatever a pass does with it: passes take turns on it
+        const void* data = rows[r].data[k] ? rows[r].data[k] : rows[r].data[1 - k];
+        put(table_at + int64_t(r) * 3 + 1 + k, reinterpret_cast<int64_t>(data));
+      }
   }
 
   // `number`: of the pass, or the largest norm. `norm` and `order` are those of a norm.
