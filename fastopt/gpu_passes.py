@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from .backends import _C
-from .gpu import DTYPES, Uploads, _current, multi_tensor
+from .gpu import DTYPES, Uploads, _current
 from .kernels import passes
 
 if TYPE_CHECKING:
     from ._C import Done, GpuPass, LeftToTorch
-
-NORMS = (1.0, 2.0, math.inf)  # by the numbers that the extension and the kernels have for them
 
 
 class Buffer(Uploads):
@@ -44,13 +42,13 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-class Pass:
-    """The launches of a GpuPass, whose arrays it has uploaded; its device is the current one."""
+class Launches:
+    """The launches of a GpuPass, whose arrays are uploaded first; its device is the current one."""
 
     def __init__(self, todo: GpuPass, device: torch.device):
         self.todo, self.device, self.index = todo, device, todo.device
         buffer = self._uploaded()
-        self.stream = multi_tensor.driver.active.get_current_stream(self.index)
+        self.stream = passes.driver.active.get_current_stream(self.index)
         self.work = buffer.buffer.data_ptr()
         self.table = self.work + 8 * todo.table_at
         self.coefficient = buffer.numbers.data_ptr()
@@ -81,11 +79,8 @@ class Pass:
         return norm
 
     def finish(self, kind: int, norm: Tensor) -> None:
-        launcher = passes.finish_launcher(kind, norm.dtype, self.index)
-        todo = self.todo
-        launcher.launch(
-            1, self.stream, self.partials, todo.programs, todo.number, norm.data_ptr(), self.coefficient
-        )
+        arrays = self.partials, self.todo.programs, self.todo.number, norm.data_ptr(), self.coefficient
+        passes.finish_launcher(kind, norm.dtype, self.index).launch(1, self.stream, *arrays)
 
     def write(self, name: str, number: int) -> None:
         """Launches a pass of passes.PASSES."""
@@ -103,10 +98,12 @@ def run(
     "scale" clips to a norm that is given.
     """
     device = torch.device(_C.gpu_type(), todo.device)
+    done: Done = _C.DONE
     with _current(device):
         if _is_cuda(device) and torch.cuda.is_current_stream_capturing():
-            return _C.LeftToTorch(("a CUDA graph is being captured",))
-        launches = Pass(todo, device)
+            captured: LeftToTorch = _C.LeftToTorch(("a CUDA graph is being captured",))
+            return captured
+        launches = Launches(todo, device)
         if name in ("norm", "clip"):
             norm = launches.norm()
             if error_if_nonfinite and not math.isfinite(norm.item()):
@@ -117,12 +114,12 @@ def run(
         if norm is not None:
             launches.finish(passes.GIVEN.value, norm)
         launches.write(name, todo.number if norm is None else launches.coefficient)
-    return _C.DONE
+    return done
 
 
 NOT_FINITE = (
-    "The total norm of order {order} for gradients from `parameters` is non-finite, so it cannot be clipped. To disable "
-    "this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
+    "The total norm of order {order} for gradients from `parameters` is non-finite, so it cannot be clipped. To "
+    "disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
 )
 
 

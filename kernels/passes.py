@@ -13,24 +13,32 @@ A norm takes two launches. `norm_launcher`'s leaves a number of each chunk, `fin
 and makes the coefficient of clip_grad_norm_, which `pass_launcher("scale", ...)` then reads. Nothing is waited for, and
 the order of all sums depends on the shapes alone.
 
-Sums of float64 are sums of float64. Else each lane sums in a pair of fp32 numbers, the second what the first lost: as
-exact, where fp64 has 1/64 of the speed. What overflows there, or is so small that squares lose bits, is summed again
-from numbers scaled by a power of two. A chunk leaves an fp64 number.
+A lane sums in a pair of numbers, the second what the first lost. For all dtypes but float64 they are fp32, and squares
+lose nothing either: that is as exact as fp64, which on some GPUs has 1/64 of the speed. What overflows fp32, or is so
+small that squares lose bits, is summed again from numbers scaled by a power of two. A chunk leaves an fp64 number.
 """
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import driver
 
 from .arithmetic import div, lerp_from_end, lerp_weight, maximum, neg, sqrt
-from .multi_tensor import CHUNK, THREAD_BYTES, THREADS, VECTOR_BYTES, Launcher, compute_dtype
-from .multi_tensor import _aligned_pointer, _pointer, _triton
+from .multi_tensor import (
+    CHUNK,
+    THREAD_BYTES,
+    THREADS,
+    VECTOR_BYTES,
+    Launcher,
+    _aligned_pointer,
+    _pointer,
+    _triton,
+    compute_dtype,
+)
 
-import torch
-
-# The norms, by the numbers of csrc/step/isa.h: sums of magnitudes, of squares, the largest magnitude. GIVEN: it is known.
+# The norms, by the numbers of csrc/step/isa.h: sums of magnitudes, of squares, the largest magnitude. Or it is known.
 SUM, SQUARES, LARGEST, GIVEN = (tl.constexpr(number) for number in range(4))
 PARTIALS = 1024  # that one turn of the last launch joins
 NUMBER = 1 << 62  # a word for the warm-up of which Triton learns nothing but that it is one
@@ -154,7 +162,7 @@ def partial_norms(work, table, partials, NORM: tl.constexpr, PARAM: tl.constexpr
 
 @triton.jit(do_not_specialize=["partials", "count", "max_norm", "norm", "coefficient"])
 def finish_norm(partials, count, max_norm, norm, coefficient, NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: the norm, unless it is given, rounded once; min(max_norm / (norm + 1e-6), 1) as torch computes it."""
+    """One program: the norm, unless it is given, rounded once; min(max_norm / (norm + 1e-6), 1) with torch's bits."""
     T: tl.constexpr = norm.dtype.element_ty
     if NORM == GIVEN:
         value = tl.load(norm)
@@ -205,11 +213,11 @@ def _write(param_ptr, grad_ptr, offsets, mask, number, update: tl.constexpr, PAI
 def multi_tensor_pass(work, table, number, update: tl.constexpr, PAIR: tl.constexpr, BY_ADDRESS: tl.constexpr,
                       PARAM: tl.constexpr, T: tl.constexpr,
                       CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr):
-    """One program: an update of one chunk, by an fp64 number or the one at an address. By 1 from there changes nothing."""
+    """One program: an update of one chunk, by an fp64 number or the one at an address, which is a factor."""
     numel, param, grad, base = _chunk(work, table, CHUNK)
     if BY_ADDRESS:
         value = tl.load(number.to(tl.pointer_type(tl.float64)))
-        numel = tl.where(value == 1, 0, numel)
+        numel = tl.where(value == 1, 0, numel)  # nothing is read or written then
     else:
         value = number.to(tl.float64, bitcast=True)
     h = value.to(T)
@@ -242,8 +250,9 @@ def norm_kernel(norm, dtype, warp_size):
 
 
 def finish_kernel(norm, dtype, warp_size):
-    """The same for the last launch of a norm of this dtype, fp64 or fp32."""
-    return finish_norm, (torch.float64, NUMBER, NUMBER, dtype, torch.float64), (norm, PARTIALS), PARTIALS // warp_size // 4
+    """The same for the last launch of a norm of this dtype, fp64 or fp32. A thread has four numbers."""
+    pointers = torch.float64, NUMBER, NUMBER, dtype, torch.float64
+    return finish_norm, pointers, (norm, PARTIALS), PARTIALS // 4 // warp_size
 
 
 def pass_kernel(name, dtype, warp_size):

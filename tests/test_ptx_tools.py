@@ -525,7 +525,8 @@ def test_threads_exchange_through_shared_memory():
 
 @pytest.mark.parametrize("mask", [1, 2, 16, 21])
 def test_threads_exchange_with_others_of_their_warp(mask):
-    body = f"shfl.sync.bfly.b32 %r1, %r28, {mask}, 31, -1; mad.wide.u32 %rd1, %r28, 4, %rd20; st.global.b32 [%rd1], %r1;"
+    body = f"""shfl.sync.bfly.b32 %r1, %r28, {mask}, 31, -1; mad.wide.u32 %rd1, %r28, 4, %rd20;
+        st.global.b32 [%rd1], %r1;"""
     out = np.zeros(2 * THREADS, np.int32)
     run(body, out, programs=2)
     assert (out == np.arange(2 * THREADS) ^ mask).all()

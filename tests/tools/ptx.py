@@ -278,7 +278,7 @@ class Machine:
             _, first, place = np.unique(address, return_index=True, return_inverse=True)
             leader = first[place]
             again = (leader != np.arange(len(address))) & (access.thread // 32 == access.thread[leader] // 32)
-            again &= (stored.view("u1").reshape(len(address), -1) == stored[leader].view("u1").reshape(len(address), -1)).all(1)
+            again &= (stored.view(f"u{stored.itemsize}") == stored[leader].view(f"u{stored.itemsize}")).all(axis=1)
             fields = access.address[~again], access.bytes, access.thread[~again], access.epoch[~again], True
             self._log[-1] = _Access(*fields)
 
