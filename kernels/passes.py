@@ -184,19 +184,19 @@ def finish_norm(partials, count, max_norm, norm, coefficient, NORM: tl.constexpr
 
 
 @triton.jit
-def scale(param, grad, factor, PARAM: tl.constexpr):
+def scale(param, grad, factor):
     return param * factor
 
 
 @triton.jit
-def clamp(param, grad, limit, PARAM: tl.constexpr):
-    limit = limit.to(PARAM).to(param.dtype)
+def clamp(param, grad, limit):
+    """A limit that 16 bits do not hold is rounded when it is stored, to the bits of one that was rounded before."""
     param = tl.where(param < neg(limit), neg(limit), param)
     return tl.where(limit < param, limit, param)
 
 
 @triton.jit
-def average(param, grad, weight, PARAM: tl.constexpr):
+def average(param, grad, weight):
     """torch.lerp(param, grad, weight)."""
     return tl.fma(lerp_weight(weight), grad - param, tl.where(lerp_from_end(weight) != 0, grad, param))
 
@@ -206,7 +206,7 @@ def _write(param_ptr, grad_ptr, offsets, mask, number, update: tl.constexpr, PAI
            T: tl.constexpr):
     param = tl.load(param_ptr + offsets, mask).to(T)
     grad = tl.load(grad_ptr + offsets, mask).to(T) if PAIR else param
-    tl.store(param_ptr + offsets, update(param, grad, number, PARAM).to(PARAM), mask)
+    tl.store(param_ptr + offsets, update(param, grad, number).to(PARAM), mask)
 
 
 @triton.jit(do_not_specialize=["work", "table", "number"])

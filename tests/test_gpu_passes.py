@@ -131,9 +131,10 @@ def test_norm_of_extreme_numbers(gpu, numbers, order):
             assert_same_bits(norm, fastopt.get_total_norm(grads, order), "norm")
 
 
-def test_fp32_sums_are_as_exact_as_fp64(gpu):
+@pytest.mark.parametrize("scale", [1.0, 2.0**-50, 2.0**-70, 2.0**-110, 2.0**55, 2.0**110])
+def test_fp32_sums_are_as_exact_as_fp64(gpu, scale):
     """What a chunk leaves, from numbers of unlike magnitude, is closer to the exact sum than fp32 could say."""
-    grad = torch.randn(CHUNK) * torch.logspace(-6, 3, CHUNK)[torch.randperm(CHUNK)]
+    grad = scale * torch.randn(CHUNK) * torch.logspace(-6, 3, CHUNK)[torch.randperm(CHUNK)]
     for order, exact in ((2.0, grad.double().square()), (1.0, grad.double().abs())):
         fastopt.get_total_norm([grad], order)
         (buffer,) = (b for b in gpu_passes._buffers.of.values() if b.uploads)
