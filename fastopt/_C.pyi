@@ -49,6 +49,7 @@ class GpuPass(NamedTuple):
     words: int
     changed_from: int
     changed_to: int
+    version: int
     address: int
     number: int
     norm: int

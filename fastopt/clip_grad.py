@@ -165,8 +165,8 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         return
     if type(parameters) is not list and not isinstance(parameters, Tensor):
         parameters = list(parameters)
-    answer = on_gpu(_C.clip_grad_value_(parameters, clip_value), "clamp")
-    if answer:
+    answer = _C.clip_grad_value_(parameters, clip_value)
+    if answer and (answer := on_gpu(answer, "clamp")):
         left_to_torch(_torch_clip_grad_value, answer, parameters, clip_value, foreach)
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .backends import _C
-from .gpu import DTYPES, Uploads, _current
+from .gpu import DTYPES, NO_KERNEL, Uploads, _current, current_stream
 from .kernels import passes
 
 if TYPE_CHECKING:
-    from ._C import Done, GpuPass, LeftToTorch
+    from ._C import Done, GpuPart, GpuPass, LeftToTorch
 
 
 class Buffer(Uploads):
@@ -27,6 +28,7 @@ class Buffer(Uploads):
 
     def __init__(self, device: torch.device, words: int, programs: int):
         super().__init__(device)
+        self.version = 0  # of the image that it holds
         with torch.inference_mode(False):  # it will be used outside too
             self.buffer = torch.empty(words, dtype=torch.int64, device=device)
             self.numbers = torch.empty(1 + programs, dtype=torch.float64, device=device)  # coefficient, each chunk's
@@ -48,7 +50,7 @@ class Launches:
     def __init__(self, todo: GpuPass, device: torch.device):
         self.todo, self.device, self.index = todo, device, todo.device
         buffer = self._uploaded()
-        self.stream = passes.driver.active.get_current_stream(self.index)
+        self.stream = current_stream(device)
         self.work = buffer.buffer.data_ptr()
         self.table = self.work + 8 * todo.table_at
         self.coefficient = buffer.numbers.data_ptr()
@@ -57,13 +59,15 @@ class Launches:
     def _uploaded(self) -> Buffer:
         todo = self.todo
         start, stop = todo.changed_from, todo.changed_to
-        buffer = _buffers.of.pop(todo.image, None)
+        buffer = _buffers.of.get(todo.image)
         if buffer is None or buffer.buffer.numel() < todo.words or buffer.numbers.numel() <= todo.programs:
-            buffer = Buffer(self.device, _rounded(todo.words), _rounded(todo.programs))
+            buffer = _buffers.of[todo.image] = Buffer(self.device, _rounded(todo.words), _rounded(todo.programs))
+        if buffer.version != todo.version - 1:  # new, or a version was never uploaded
             start, stop = 0, todo.words
+        buffer.version = 0
         if start < stop:
-            buffer.upload(todo.address, start, stop)  # if it fails, the next call has no buffer and uploads everything
-        _buffers.of[todo.image] = buffer
+            buffer.upload(todo.address, start, stop)
+        buffer.version = todo.version
         return buffer
 
     def norm(self) -> Tensor:
@@ -71,23 +75,32 @@ class Launches:
         todo = self.todo
         f64 = any(DTYPES[part.dtype] == torch.float64 for part in todo.parts)
         norm = torch.empty((), dtype=torch.float64 if f64 else torch.float32, device=self.device)
-        for dtype, first, programs in todo.parts:
-            if programs:
-                launcher = passes.norm_launcher(todo.norm, DTYPES[dtype], self.index)
-                launcher.launch(programs, self.stream, self.work + 8 * first, self.table, self.partials + 8 * first)
+        for launcher, (_, first, programs) in self._launchers(passes.norm_launcher, todo.norm):
+            launcher.launch(programs, self.stream, self.work + 8 * first, self.table, self.partials + 8 * first)
         self.finish(todo.norm, norm)
         return norm
 
     def finish(self, kind: int, norm: Tensor) -> None:
         arrays = self.partials, self.todo.programs, self.todo.number, norm.data_ptr(), self.coefficient
-        passes.finish_launcher(kind, norm.dtype, self.index).launch(1, self.stream, *arrays)
+        self._launcher(passes.finish_launcher, kind, norm.dtype).launch(1, self.stream, *arrays)
 
     def write(self, name: str, number: int) -> None:
         """Launches a pass of passes.PASSES."""
-        for dtype, first, programs in self.todo.parts:
-            if programs:
-                launcher = passes.pass_launcher(name, DTYPES[dtype], self.index)
-                launcher.launch(programs, self.stream, self.work + 8 * first, self.table, number)
+        for launcher, (_, first, programs) in self._launchers(passes.pass_launcher, name):
+            launcher.launch(programs, self.stream, self.work + 8 * first, self.table, number)
+
+    def _launchers(self, make: Callable[..., Any], kind: int | str) -> list[tuple[Any, GpuPart]]:
+        """All of them before one is used: what cannot be compiled changes nothing."""
+        parts = self.todo.parts
+        return [(self._launcher(make, kind, DTYPES[part.dtype]), part) for part in parts if part.programs]
+
+    def _launcher(self, make: Callable[..., Any], kind: int | str, dtype: torch.dtype) -> Any:
+        try:
+            return make(kind, dtype, self.index)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            what = f"{make.__name__.removesuffix('_launcher')} {kind}"
+            raise RuntimeError(NO_KERNEL.format(algorithm=what, device=self.device, error=why)) from error
 
 
 def run(

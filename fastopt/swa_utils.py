@@ -32,10 +32,6 @@ def __getattr__(name: str) -> Any:
     return getattr(torch_swa_utils, name)
 
 
-def _average(*args: Any) -> Any:
-    return on_gpu(_C.average_(*args), "average")
-
-
 class _Update:
     """An update of averages that we know: ``number(num_averaged)`` is the weight of the values, or their count."""
 
@@ -45,7 +41,8 @@ class _Update:
     def __call__(self, averages: list[Tensor], values: list[Tensor], num_averaged: Tensor | int) -> None:
         if is_dynamo_compiling() or _C is None:
             return self.torch_update(averages, values, num_averaged)
-        if answer := _average(averages, values, float(self.number(num_averaged)), self.is_count):
+        answer = _C.average_(averages, values, float(self.number(num_averaged)), self.is_count)
+        if answer and (answer := on_gpu(answer, "average")):
             left_to_torch(self.torch_update, answer, averages, values, num_averaged)
 
 
@@ -148,7 +145,8 @@ def _updated(update: _Update, averaged: AveragedModel, model: Module) -> bool:
                 rest.append((own, other))
         if rest and update is _MEAN:
             return False
-    if answer := _average(averages, values, float(update.number(averaged.n_averaged)), update.is_count):
+    answer = _C.average_(averages, values, float(update.number(averaged.n_averaged)), update.is_count)
+    if answer and (answer := on_gpu(answer, "average")):
         count_left_to_torch("AveragedModel", answer)
         return False
     if rest:

@@ -27,6 +27,7 @@ from triton.runtime import driver
 
 from .arithmetic import div, lerp_from_end, lerp_weight, maximum, neg, sqrt
 from .multi_tensor import (
+    AN_INT64,
     CHUNK,
     THREAD_BYTES,
     THREADS,
@@ -41,7 +42,6 @@ from .multi_tensor import (
 # The norms, by the numbers of csrc/step/isa.h: sums of magnitudes, of squares, the largest magnitude. Or it is known.
 SUM, SQUARES, LARGEST, GIVEN = (tl.constexpr(number) for number in range(4))
 PARTIALS = 1024  # that one turn of the last launch joins
-NUMBER = 1 << 62  # a word for the warm-up of which Triton learns nothing but that it is one
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _sum_chunk(address, base, numel, scale, NORM: tl.constexpr, EXACT: tl.conste
     column = tl.arange(0, VEC)[None, :]
     high = tl.zeros([BLOCK // VEC, VEC], T)
     low = tl.zeros([BLOCK // VEC, VEC], T)
-    pointer = _aligned_pointer(address, base, PARAM)
+    pointer = _aligned_pointer(address, base, PARAM, VEC)
     for start in range(0, wide, BLOCK // VEC):
         value = tl.load(pointer + (vector * VEC + column), (start + vector < wide) & (column >= 0), 0.0)
         high, low = _include(high, low, value.to(T) * scale, NORM, EXACT)
@@ -224,8 +224,8 @@ def multi_tensor_pass(work, table, number, update: tl.constexpr, PAIR: tl.conste
     vectors = numel // VEC
     if ((param | grad if PAIR else param) & 15) != 0:
         vectors = 0
-    param_ptr = _aligned_pointer(param, base, PARAM)
-    grad_ptr = _aligned_pointer(grad, base, PARAM)
+    param_ptr = _aligned_pointer(param, base, PARAM, VEC)
+    grad_ptr = _aligned_pointer(grad, base, PARAM, VEC)
     vector = tl.arange(0, BLOCK // VEC)[:, None]
     column = tl.arange(0, VEC)[None, :]
     for start in range(0, vectors, BLOCK // VEC):
@@ -251,13 +251,14 @@ def norm_kernel(norm, dtype, warp_size):
 
 def finish_kernel(norm, dtype, warp_size):
     """The same for the last launch of a norm of this dtype, fp64 or fp32. A thread has four numbers."""
-    pointers = torch.float64, NUMBER, NUMBER, dtype, torch.float64
-    return finish_norm, pointers, (norm, PARTIALS), PARTIALS // 4 // warp_size
+    arguments = torch.float64, AN_INT64, AN_INT64, dtype, torch.float64
+    return finish_norm, arguments, (norm, PARTIALS), PARTIALS // 4 // warp_size
 
 
 def pass_kernel(name, dtype, warp_size):
     """The same for a pass of PASSES."""
-    return multi_tensor_pass, (torch.int64, torch.int64, NUMBER), (*PASSES[name], *_sizes(dtype)), THREADS // warp_size
+    arguments = torch.int64, torch.int64, AN_INT64
+    return multi_tensor_pass, arguments, (*PASSES[name], *_sizes(dtype)), THREADS // warp_size
 
 
 def _sizes(dtype):

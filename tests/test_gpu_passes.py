@@ -383,16 +383,31 @@ def test_threads_have_buffers_of_their_own(gpu):
 
 
 def test_an_upload_that_failed_is_made_again(gpu, monkeypatch):
-    grads = gradients(F32, sizes=[7, 8])
-    fastopt.get_total_norm(grads)
-    grads = gradients(F32, sizes=[9, 70])
-    with monkeypatch.context() as patched:
-        patched.setattr(gpu_passes.Buffer, "upload", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            fastopt.get_total_norm(grads)
-    norm = fastopt.get_total_norm(grads)
-    with on_cpu():
-        assert_same_bits(norm, fastopt.get_total_norm(grads), "norm")
+    """Also one that was never tried."""
+    fastopt.get_total_norm(gradients(F32, sizes=[7, 8]))
+    for name in ("upload", "_uploaded"):
+        grads = gradients(F32, sizes=[7, 8])
+        with monkeypatch.context() as patched:
+            of = gpu_passes.Buffer if name == "upload" else gpu_passes.Launches
+            patched.setattr(of, name, lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                fastopt.get_total_norm(grads)
+        norm = fastopt.get_total_norm(grads)
+        with on_cpu():
+            assert_same_bits(norm, fastopt.get_total_norm(grads), "norm")
+
+
+def test_a_kernel_that_does_not_compile_changes_nothing(gpu, monkeypatch):
+    grads, launcher = gradients(F32, BF16, sizes=[9]), passes.pass_launcher
+    params = parameters(grads)
+
+    def pass_launcher(name, dtype, device):
+        return 1 / 0 if dtype == BF16 else launcher(name, dtype, device)
+
+    monkeypatch.setattr(passes, "pass_launcher", pass_launcher)
+    with pytest.raises(RuntimeError, match="Triton could not make fastopt's kernel of pass scale for cpu.*Nothing was"):
+        fastopt.clip_grad_norm_(params, 0.1)
+    assert_same_bits([param.grad for param in params[1:]], grads, "refused")
 
 
 def test_empty_tensors(gpu):

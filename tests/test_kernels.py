@@ -14,7 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from fastopt.kernels import arithmetic, multi_tensor, passes  # noqa: E402
+from fastopt.kernels import arithmetic, multi_tensor  # noqa: E402
 from fastopt.kernels.multi_tensor import CHUNK, compute_dtype  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
@@ -523,9 +523,13 @@ def test_prepare_compiles_for_rocm(algorithm, dtype, target):
 
 def compiled_for(target, kernel, arguments, constants, warps):
     """Compile ahead of time for a GPU that is not there."""
-    kinds = {torch.int64: "*i64", F32: "*fp32", F64: "*fp64", passes.NUMBER: "i64"}
+    kinds = {torch.int64: "*i64", F32: "*fp32", F64: "*fp64"}
     names = kernel.arg_names
-    types = [kinds[x] if isinstance(x, torch.dtype) else tuple("i64" for _ in x) for x in arguments]
+
+    def type_of(x):
+        return kinds[x] if isinstance(x, torch.dtype) else "i64" if isinstance(x, int) else tuple(map(type_of, x))
+
+    types = [type_of(x) for x in arguments]
     signature = dict(zip(names, [*types, *("constexpr" for _ in constants)], strict=True))
     values = {(len(arguments) + i,): value for i, value in enumerate(constants)}
     source = triton.compiler.ASTSource(kernel, signature, values, {})

@@ -51,7 +51,8 @@ struct Answers {
   AnswerType want{"fastopt._C.Want", "an image without a kernel or with too small a buffer",
                   {"image", "device", "used", "param", "state", "capturable", "words"}};
   AnswerType gpu_pass{"fastopt._C.GpuPass", "an image to upload and passes to launch; places and sizes in words of 8 bytes",
-                      {"image", "device", "parts", "programs", "table_at", "words", "changed_from", "changed_to", "address", "number", "norm", "order"}};
+                      {"image", "device", "parts", "programs", "table_at", "words", "changed_from", "changed_to", "version", "address",
+                       "number", "norm", "order"}};
   AnswerType gpu_part{"fastopt._C.GpuPart", "the programs for tensors of one dtype", {"dtype", "first", "programs"}};
   PyObject* DONE = done({}).release().ptr();
 };

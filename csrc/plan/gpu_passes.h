@@ -17,6 +17,7 @@ class PassImage {
   bool serves(c10::Stream other, bool others_pairs) const { return stream == other && pairs == others_pairs; }
 
   void fill(const Vec<Row>& rows) {
+    version++;
     bool current = shapes.size() == rows.size();
     for (size_t r = 0; current && r < rows.size(); r++) current = shapes[r].numel == rows[r].numel && shapes[r].dtype == rows[r].dtype[0];
     if (!current) lay_out(rows);
@@ -41,7 +42,7 @@ class PassImage {
     std::memcpy(&bits, &number, sizeof bits);
     return answers.gpu_pass({PyLong_FromSize_t(place), PyLong_FromLong(stream.device_index() < 0 ? 0 : stream.device_index()), parts.release().ptr(), PyLong_FromLongLong(first),
                              PyLong_FromLongLong(table_at), PyLong_FromSize_t(words.size()), PyLong_FromLongLong(changed_from),
-                             PyLong_FromLongLong(changed_to), PyLong_FromVoidPtr(const_cast<int64_t*>(words.data())), PyLong_FromLongLong(bits),
+                             PyLong_FromLongLong(changed_to), PyLong_FromLongLong(version), PyLong_FromVoidPtr(const_cast<int64_t*>(words.data())), PyLong_FromLongLong(bits),
                              PyLong_FromLong(long(norm)), PyFloat_FromDouble(order)});
   }
 
@@ -74,7 +75,8 @@ class PassImage {
   Vec<Shape> shapes;
   Vec<int64_t> words;                     // as last handed over
   bool present[dtype_count] = {};
-  int64_t programs[dtype_count] = {}, table_at = 0, changed_from = 0, changed_to = 0;
+  int64_t programs[dtype_count] = {}, table_at = 0;
+  int64_t version = 0, changed_from = 0, changed_to = 0;   // what changed since the version before
 };
 
 // This thread's image for the current stream of a device, of tensors alone or in pairs, and its place.
