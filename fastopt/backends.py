@@ -84,6 +84,17 @@ def left_to_torch(function: Callable[..., Any], answer: Any, *args: Any) -> Any:
     return function(*args)
 
 
+def on_gpu(answer: Any, *args: Any) -> Any:
+    """The extension's answer, or what comes of the pass over GPU tensors that it leaves to fastopt/gpu_passes.py."""
+    if type(answer) is not _C.GpuPass:
+        return answer
+    try:
+        from .gpu_passes import run
+    except ImportError:
+        return _C.LeftToTorch(("a GPU without the package `triton`",))
+    return run(answer, *args)
+
+
 def backend_info() -> dict[str, Any]:
     """What runs the steps of this process, and why.
 

@@ -1,7 +1,7 @@
 """Clipping gradients, as torch.nn.utils.clip_grad does it: one pass for the norm of all, one for the product.
 
-For any model and any optimizer. What is not a plain strided CPU tensor of a floating dtype is clipped by torch's own
-functions, and counted in `backend_info()`.
+For any model and any optimizer. What is not a plain strided tensor of a floating dtype on CPU, or all on one GPU, is
+clipped by torch's own functions, and counted in `backend_info()`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import clip_grad as torch_clip_grad
 
-from .backends import _C, left_to_torch
+from .backends import _C, left_to_torch, on_gpu
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -65,6 +65,9 @@ def clip_grad_norm_(
     answer = _C.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
     if type(answer) is Tensor:
         return answer
+    answer = on_gpu(answer, "clip", None, error_if_nonfinite)
+    if type(answer) is Tensor:
+        return answer
     arguments = parameters, max_norm, norm_type, error_if_nonfinite, foreach
     return cast(Tensor, left_to_torch(_torch_clip_grad_norm, answer, *arguments))
 
@@ -99,6 +102,9 @@ def get_total_norm(
     answer = _C.total_norm(tensors, norm_type, error_if_nonfinite)
     if type(answer) is Tensor:
         return answer
+    answer = on_gpu(answer, "norm", None, error_if_nonfinite)
+    if type(answer) is Tensor:
+        return answer
     return cast(Tensor, left_to_torch(_torch_get_total_norm, answer, tensors, norm_type, error_if_nonfinite, foreach))
 
 
@@ -124,11 +130,15 @@ def clip_grads_with_norm_(
     """
     if type(parameters) is not list and not isinstance(parameters, Tensor):
         parameters = list(parameters)
-    on_host = type(total_norm) is Tensor and total_norm.device.type == "cpu" and total_norm.dtype != torch.float64
-    if is_dynamo_compiling() or _C is None or not on_host:
+    if is_dynamo_compiling() or _C is None or type(total_norm) is not Tensor:
         return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
-    factor = torch.clamp(float(max_norm) / (total_norm.detach() + 1e-6), max=1.0)
-    answer = _C.scale_grads_(parameters, float(factor))
+    if total_norm.device.type == _C.gpu_type():
+        answer = on_gpu(_C.scale_grads_(parameters, float(max_norm), total_norm), "scale", total_norm)
+    elif total_norm.device.type == "cpu" and total_norm.dtype != torch.float64:
+        factor = torch.clamp(float(max_norm) / (total_norm.detach() + 1e-6), max=1.0)
+        answer = _C.scale_grads_(parameters, float(factor), None)
+    else:
+        return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
     if answer:
         left_to_torch(_torch_clip_grads_with_norm, answer, parameters, max_norm, total_norm, foreach)
 
@@ -156,7 +166,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     if type(parameters) is not list and not isinstance(parameters, Tensor):
         parameters = list(parameters)
     answer = _C.clip_grad_value_(parameters, clip_value)
-    if answer:
+    if answer and (answer := on_gpu(answer, "clamp")):
         left_to_torch(_torch_clip_grad_value, answer, parameters, clip_value, foreach)
 
 

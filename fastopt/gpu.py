@@ -78,11 +78,47 @@ class Staging:
         return self._first
 
 
-class Bucket:
+class Uploads:
+    """A buffer on the device, and the page-locked memory through which it is filled."""
+
+    buffer: torch.Tensor
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.staging: deque[Staging] = deque()  # in the order of use, which is that in which copies end
+        self._targets: dict[tuple[int, int], torch.Tensor] = {}  # parts of the buffer; slicing takes as long as copying
+        self.uploads = 0
+        self.uploaded_words = 0
+
+    def upload(self, image: int, start: int, stop: int) -> None:
+        """Words [start, stop) of the plan's image, on the current stream, through memory no copy reads any more."""
+        words = stop - start
+        staging = self.staging.popleft() if self.staging and self.staging[0].free() else None
+        if staging is None or staging.words < words:
+            staging = Staging(1 << (words - 1).bit_length(), self.device)
+        self.staging.append(staging)
+        self._copy(staging, image, start, stop)
+        if staging.copied is not None:
+            staging.copied.record()
+
+    def _copy(self, staging: Staging, image: int, start: int, stop: int) -> None:
+        words = stop - start
+        ctypes.memmove(staging.address, image + 8 * start, 8 * words)
+        target = self._targets.get((start, stop))
+        if target is None:
+            if len(self._targets) > 64:
+                self._targets.clear()
+            target = self._targets[start, stop] = self.buffer[start:stop]
+        target.copy_(staging.first(words), non_blocking=True)
+        self.uploads += 1
+        self.uploaded_words += words
+
+
+class Bucket(Uploads):
     """The device buffer and the compiled kernels of rows that one launch serves."""
 
     def __init__(self, algorithm: str, device: torch.device, used: int, param: int, state: int, capturable: bool):
-        self.device = device
+        super().__init__(device)
         index = device.index or 0
         self.launcher = multi_tensor.update_launcher(algorithm, used, DTYPES[param], DTYPES[state], index)
         self.preparer = multi_tensor.prepare_launcher(algorithm, DTYPES[param], index) if capturable else None
@@ -96,9 +132,6 @@ class Bucket:
         self._work_numels: list[int] = []  # which it follows from
         self._for_graph: Staging | None = None  # made ahead: older torch cannot make page-locked memory in a capture
         self._captured: dict[tuple[int, bytes], Staging] = {}  # what graphs upload
-        self.staging: deque[Staging] = deque()  # in the order of use, which is that in which copies end
-        self.uploads = 0
-        self.uploaded_words = 0
 
     def grow(self, words: int) -> None:
         # Replays fill their buffer at times that the plan doesn't know; so steps outside graphs have another.
@@ -111,7 +144,7 @@ class Bucket:
 
     def use(self, in_graph: bool) -> None:
         self.buffer = self._buffers[in_graph and self.preparer is not None]  # without one it is never captured
-        self._targets: dict[tuple[int, int], torch.Tensor] = {}  # parts of it; slicing takes as long as copying
+        self._targets.clear()
 
     def launched_on(self, stream: int) -> None:
         """Keeps the allocator from handing the buffer out again before what is queued on another stream is done."""
@@ -129,17 +162,6 @@ class Bucket:
             last_row = image + 8 * (scalars_at - self.columns)
             self.one_row = ctypes.c_int64.from_address(last_row + 8).value == 0
         return tuple(self._row_of_scalars.from_address(image + 8 * scalars_at)) if self.one_row else None
-
-    def upload(self, image: int, start: int, stop: int) -> None:
-        """Words [start, stop) of the plan's image, on the current stream, through memory no copy reads any more."""
-        words = stop - start
-        staging = self.staging.popleft() if self.staging and self.staging[0].free() else None
-        if staging is None or staging.words < words:
-            staging = Staging(1 << (words - 1).bit_length(), self.device)
-        self.staging.append(staging)
-        self._copy(staging, image, start, stop)
-        if staging.copied is not None:
-            staging.copied.record()
 
     def make_ready_for_graph(self, image: int, table_at: int, hypers_at: int, stop: int) -> None:
         """After an upload of the whole image outside graphs: what a capture of the same tensors needs."""
@@ -171,18 +193,6 @@ class Bucket:
             _held_for_graphs.append((staging, self.buffer, work))
         self._copy(staging, image, start, stop)
         return work.data_ptr()
-
-    def _copy(self, staging: Staging, image: int, start: int, stop: int) -> None:
-        words = stop - start
-        ctypes.memmove(staging.address, image + 8 * start, 8 * words)
-        target = self._targets.get((start, stop))
-        if target is None:
-            if len(self._targets) > 64:
-                self._targets.clear()
-            target = self._targets[start, stop] = self.buffer[start:stop]
-        target.copy_(staging.first(words), non_blocking=True)
-        self.uploads += 1
-        self.uploaded_words += words
 
 
 class Gpu:

@@ -22,7 +22,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Module
 from torch.optim import swa_utils as torch_swa_utils
 
-from .backends import _C, count_left_to_torch, left_to_torch
+from .backends import _C, count_left_to_torch, left_to_torch, on_gpu
 
 __all__ = list(torch_swa_utils.__all__)
 _torch: Any = torch_swa_utils  # which has no types
@@ -38,7 +38,8 @@ def _known(torch_update: Any, number: Callable[[Any], Any], is_count: bool = Fal
 
     def take_in(averages: Any, values: Any, num_averaged: Tensor | int) -> Any:
         """What the extension answers: something true if it did not."""
-        return _C.average_(averages, values, float(number(num_averaged)), is_count)
+        answer = _C.average_(averages, values, float(number(num_averaged)), is_count)
+        return answer and on_gpu(answer, "average")
 
     @functools.wraps(torch_update)
     def update(*args: Any, **kwargs: Any) -> None:
@@ -131,7 +132,7 @@ class AveragedModel(torch_swa_utils.AveragedModel):
             super().update_parameters(model)
 
 
-# What AveragedModel does on CPU unless told otherwise; other bits than get_swa_multi_avg_fn.
+# What AveragedModel does unless told otherwise; on CPU other bits than get_swa_multi_avg_fn.
 _MEAN = _known(_torch.get_swa_multi_avg_fn(), lambda num_averaged: num_averaged + 1, is_count=True)
 
 

@@ -15,7 +15,8 @@ import fastopt
 
 ROOT = Path(__file__).parent.parent
 FAQ = (ROOT / "docs" / "faq.md").read_text()
-MODULES = sorted(path.stem for path in (ROOT / "fastopt").glob("*.py") if path.stem not in ("__init__", "gpu"))
+WITH_TRITON = ("gpu", "gpu_passes")
+MODULES = sorted({path.stem for path in (ROOT / "fastopt").glob("*.py")} - {"__init__", *WITH_TRITON})
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -28,7 +28,7 @@ from .reference import assert_same_bits, snapshot
 
 triton = pytest.importorskip("triton")
 
-from fastopt.kernels import multi_tensor  # noqa: E402
+from fastopt.kernels import multi_tensor, passes  # noqa: E402
 
 from fastopt import gpu as backend  # noqa: E402
 
@@ -41,6 +41,8 @@ capturable_rows = pytest.mark.parametrize(
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32)]  # of param and grad, of state
+LAUNCHERS = [multi_tensor.update_launcher, multi_tensor.prepare_launcher]
+LAUNCHERS += [passes.norm_launcher, passes.finish_launcher, passes.pass_launcher]
 CHUNK = multi_tensor.CHUNK
 ROOT = Path(__file__).parent.parent
 SIZES = [0, 1, 3, 4, 7, 16, 31, 33, 127, 129, 255, CHUNK + 1]
@@ -49,7 +51,7 @@ SIZES = [0, 1, 3, 4, 7, 16, 31, 33, 127, 129, 255, CHUNK + 1]
 @contextlib.contextmanager
 def triton_serves_cpu_tensors(arch=90, **options):
     """The stand-in driver as an sm_`arch`; nothing of it is left afterwards. `options` are the driver's."""
-    for launchers in (multi_tensor.update_launcher, multi_tensor.prepare_launcher):
+    for launchers in LAUNCHERS:
         launchers.cache_clear()  # of another architecture
     with driver.installed(arch, **options) as stand_in:
         fastopt._C.set_gpu_type("cpu")
@@ -57,7 +59,7 @@ def triton_serves_cpu_tensors(arch=90, **options):
             yield stand_in
         finally:
             fastopt._C.set_gpu_type("cuda")
-            for launchers in (multi_tensor.update_launcher, multi_tensor.prepare_launcher):
+            for launchers in LAUNCHERS:
                 launchers.cache_clear()
 
 

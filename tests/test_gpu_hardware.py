@@ -276,3 +276,91 @@ def test_two_launches_of_a_step_with_two_dtypes(row):
         optimizer.step()
         torch.cuda.synchronize()
     assert sum("multi_tensor_update" in event.name for event in profile.events()) == 2
+
+
+# ---- clipping and averages
+
+
+def both_grads(dtype, sizes=SIZES):
+    """The same gradients of parameters on the CPU and on the GPU."""
+    grads = [torch.randn(size, dtype=torch.float64).to(dtype) for size in sizes]
+    return [[param_with(grad.to(device, copy=True)) for grad in grads] for device in ("cpu", "cuda")]
+
+
+def param_with(grad):
+    param = torch.nn.Parameter(torch.zeros_like(grad))
+    param.grad = grad
+    return param
+
+
+def grads_of(params):
+    return [param.grad.cpu() for param in params]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_clipping_and_averages_are_the_cpus(dtype):
+    """But for the last bits of a float64 norm, whose sums are added in another order."""
+    left_to_torch = fastopt.backend_info()["torch_steps"]
+    cpu, cuda = both_grads(dtype)
+    for order in (2.0, 1.0, float("inf")):
+        norms = [fastopt.get_total_norm([param.grad for param in params], order) for params in (cpu, cuda)]
+        torch.testing.assert_close(norms[1].cpu(), norms[0], rtol=1e-15 if dtype == torch.float64 else 0, atol=0)
+        fastopt.clip_grads_with_norm_(cuda, 0.9, norms[0].cuda())
+        fastopt.clip_grads_with_norm_(cpu, 0.9, norms[0])
+        assert_same_bits(grads_of(cuda), grads_of(cpu), f"{order}")
+    for params in (cpu, cuda):
+        fastopt.clip_grad_value_(params, 1e-3)
+    assert_same_bits(grads_of(cuda), grads_of(cpu), "clamped")
+    averages = [[torch.zeros_like(param.grad) for param in params] for params in (cpu, cuda)]
+    for update in (fastopt.swa_utils.get_ema_multi_avg_fn(0.9), fastopt.swa_utils.get_swa_multi_avg_fn()):
+        for own, params in zip(averages, (cpu, cuda), strict=True):
+            update(own, [param.grad for param in params], 4)
+    assert_same_bits([average.cpu() for average in averages[1]], averages[0], "averages")
+    assert fastopt.backend_info()["torch_steps"] == left_to_torch or dtype == torch.float64
+
+
+def test_clipping_is_queued_without_waiting():
+    """On two streams in turn, with gradients of other addresses each time."""
+    cpu, cuda = both_grads(torch.float32)
+    ema, streams = fastopt.swa_utils.get_ema_multi_avg_fn(0.9), [torch.cuda.Stream() for _ in range(2)]
+    averages = [torch.zeros_like(param.grad) for param in cuda]
+    copies = [[param.grad.clone() for param in cuda] for _ in range(6)]
+    values = [grad.clone() for grad in copies[0]]
+    for stream in streams:  # compiles
+        with torch.cuda.stream(stream):
+            fastopt.clip_grad_norm_(cuda, 1e9)
+            ema([torch.zeros_like(value) for value in values], values, 1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        norms = []
+        for turn, grads in enumerate(copies):
+            for param, grad in zip(cuda, grads, strict=True):
+                param.grad = grad
+            with torch.cuda.stream(streams[turn % 2]):
+                norms.append(fastopt.clip_grad_norm_(cuda, 1.0 + turn))
+                if turn % 2:
+                    ema(averages, values, turn)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    for turn, grads in enumerate(copies):
+        expected = [param_with(value.cpu()) for value in values]
+        assert norms[turn].cpu() == fastopt.clip_grad_norm_(expected, 1.0 + turn)
+        assert_same_bits([grad.cpu() for grad in grads], grads_of(expected), f"{turn}")
+
+
+def test_clipping_that_is_torchs():
+    """Gradients on CPU and GPU; in a capture, whose graph then clips."""
+    cpu, cuda = both_grads(torch.float32)
+    exact = fastopt.get_total_norm([param.grad for param in cpu]).item()
+    mixed = [param_with(cpu[0].grad.clone()), *(param_with(param.grad.clone()) for param in cuda[1:])]
+    assert fastopt.clip_grad_norm_(mixed, 1.0).item() == pytest.approx(exact, rel=1e-3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = fastopt.clip_grad_norm_(cuda, 1.0)
+    graph.replay()
+    assert norm.item() == pytest.approx(exact, rel=1e-3)
+    assert fastopt.get_total_norm([param.grad for param in cuda]).item() == pytest.approx(1.0, rel=1e-3)
+    reasons = " ".join(fastopt.backend_info()["torch_steps"])
+    assert "several devices" in reasons and "a CUDA graph is being captured" in reasons

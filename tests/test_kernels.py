@@ -525,7 +525,11 @@ def compiled_for(target, kernel, arguments, constants, warps):
     """Compile ahead of time for a GPU that is not there."""
     kinds = {torch.int64: "*i64", F32: "*fp32", F64: "*fp64"}
     names = kernel.arg_names
-    types = [kinds[x] if isinstance(x, torch.dtype) else tuple("i64" for _ in x) for x in arguments]
+
+    def type_of(x):
+        return kinds[x] if isinstance(x, torch.dtype) else "i64" if isinstance(x, int) else tuple(map(type_of, x))
+
+    types = [type_of(x) for x in arguments]
     signature = dict(zip(names, [*types, *("constexpr" for _ in constants)], strict=True))
     values = {(len(arguments) + i,): value for i, value in enumerate(constants)}
     source = triton.compiler.ASTSource(kernel, signature, values, {})

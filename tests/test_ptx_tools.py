@@ -157,6 +157,15 @@ def half(kind, bits):
     return struct.unpack("<e", struct.pack("<H", bits))[0]
 
 
+def largest_half(kind):
+    def reference(*bits):
+        if any(math.isnan(half(kind, x)) for x in bits):
+            return 0x7FFF
+        return max(bits, key=lambda x: (half(kind, x), math.copysign(1, half(kind, x))))
+
+    return reference
+
+
 def single(bits):
     return struct.unpack("<f", struct.pack("<I", bits & 0xFFFFFFFF))[0]
 
@@ -237,6 +246,9 @@ def cases():
         narrow = narrowed(kind)
         add, subtract, multiply_add = (correctly_rounded(f, "f32") for f in (operator.add, operator.sub, fma))
         yield f"cvt.f32.{kind}", "f32", ["b16"], lambda a, kind=kind: half(kind, a)
+        yield f"max.NaN.{kind}", "b16", ["b16"] * 2, largest_half(kind)
+        yield f"abs.{kind}", "b16", ["b16"], lambda a: a & 0x7FFF
+        yield f"abs.{kind}x2", "b32", ["b32"], lambda a: a & 0x7FFF7FFF
         yield f"cvt.rn.{kind}.f32", "b16", ["f32"], narrow
         yield f"cvt.rn.{kind}x2.f32", "b32", ["f32"] * 2, lambda a, b, f=narrow: f(a) << 16 | f(b)
         yield f"add.rn.f32.{kind}", "f32", ["b16", "f32"], lambda a, c, k=kind, f=add: f(half(k, a), c)
@@ -511,6 +523,21 @@ def test_threads_exchange_through_shared_memory():
     assert (out == np.arange(2 * THREADS) ^ 1).all()
 
 
+@pytest.mark.parametrize("mask", [1, 2, 16, 21])
+def test_threads_exchange_with_others_of_their_warp(mask):
+    body = f"""shfl.sync.bfly.b32 %r1, %r28, {mask}, 31, -1; mad.wide.u32 %rd1, %r28, 4, %rd20;
+        st.global.b32 [%rd1], %r1;"""
+    out = np.zeros(2 * THREADS, np.int32)
+    run(body, out, programs=2)
+    assert (out == np.arange(2 * THREADS) ^ mask).all()
+
+
+def test_unpacking_leaves_out_what_is_not_named():
+    out = np.zeros(1, np.int32)
+    run("mov.b64 %rd1, 0x700000005; mov.b64 {_, %r1}, %rd1; st.global.b32 [%rd20], %r1;", out)
+    assert out == 7
+
+
 # What must not happen
 
 OWN_WORD = "mad.wide.u32 %rd1, %r28, 4, %rd20;"
@@ -537,6 +564,8 @@ OWN_WORD = "mad.wide.u32 %rd1, %r28, 4, %rd20;"
             "setp.lt.u32 %p1, %r28, 5; @%p1 bra $L_if; bar.sync 0; bra $L_end; $L_if: bar.sync 0; $L_end:",
         ),
         (ptx.Divergence, "setp.lt.u32 %p1, %r28, 5; @%p1 ret; bar.sync 0;"),
+        (ptx.Divergence, "setp.lt.u32 %p1, %r28, 5; @%p1 shfl.sync.bfly.b32 %r1, %r28, 1, 31, -1;"),
+        (ptx.Divergence, "setp.lt.u32 %p1, %r28, 16; @%p1 ret; shfl.sync.bfly.b32 %r1, %r28, 1, 31, -1;"),
         (ptx.Endless, "$L_here: bra $L_here;"),
         (ptx.PTXError, "add.s32 %r1, %r2, 1;"),  # %r2 was never written
         (ptx.PTXError, "mov.b32 %r1, 0; div.s32 %r2, 5, %r1;"),
@@ -612,7 +641,9 @@ def test_tensors_that_touch_are_not_one():
         "ld.global.b64 %r1, [%rd20];",
         "st.global.b64 [%rd20], %r1;",
         "atom.global.add.u32 %r1, [%rd20], 1;",
-        "shfl.sync.bfly.b32 %r1, %r2, 1, 31, -1;",
+        "shfl.sync.bfly.b32 %r1, %r2, 1, 31, 15;",  # a part of the warp
+        "shfl.sync.bfly.b32 %r1, %r2, 32, 31, -1;",
+        "shfl.sync.down.b32 %r1, %r2, 1, 31, -1;",
         "bar.sync 1;",
         "add.s32 %rd1, %rd2, %rd3;",  # registers of another width
         "add.s64 %rd1, %r2, %rd3;",

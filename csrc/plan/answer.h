@@ -4,6 +4,7 @@
 //   Launches(launches)      done on the CPU; fastopt/gpu.py uploads and launches these
 //   Wants(wants)            kernels or buffers are wanted first (nothing was written; set_buffer, call again)
 //   Missing(params)         these (group, param) want their state made first (nothing was written; call again)
+//   GpuPass(...)            a pass over GPU tensors is left for fastopt/gpu_passes.py (nothing was written)
 //   LeftToTorch(reason)     not for this library: torch's own step, or function, shall run (nothing was written)
 #pragma once
 #include <initializer_list>
@@ -49,6 +50,10 @@ struct Answers {
                     {"image", "programs", "table_at", "scalars_at", "changed_from", "changed_to", "address", "prepared", "hypers_at"}};
   AnswerType want{"fastopt._C.Want", "an image without a kernel or with too small a buffer",
                   {"image", "device", "used", "param", "state", "capturable", "words"}};
+  AnswerType gpu_pass{"fastopt._C.GpuPass", "an image to upload and passes to launch; places and sizes in words of 8 bytes",
+                      {"image", "device", "parts", "programs", "table_at", "words", "changed_from", "changed_to", "version", "address",
+                       "number", "norm", "order"}};
+  AnswerType gpu_part{"fastopt._C.GpuPart", "the programs for tensors of one dtype", {"dtype", "first", "programs"}};
   PyObject* DONE = done({}).release().ptr();
 };
 

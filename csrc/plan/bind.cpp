@@ -80,7 +80,7 @@ template <auto function, Py_ssize_t expected> PyMethodDef method(const char* nam
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<function, expected>)), METH_FASTCALL, "see csrc/plan/gradients.h"};
 }
 PyMethodDef gradient_methods[] = {method<&clip_grad_norm, 4>("clip_grad_norm_"), method<&total_norm, 3>("total_norm"),
-                                  method<&scale_grads, 2>("scale_grads_"), method<&clip_grad_value, 2>("clip_grad_value_"),
+                                  method<&scale_grads, 3>("scale_grads_"), method<&clip_grad_value, 2>("clip_grad_value_"),
                                   method<&average, 4>("average_"), method<&zero_grad, 2>("zero_grad"), {}};
 
 // Whether a profiler or an observer of torch wants to know of a range of the user's.
@@ -104,7 +104,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastopt;
   answers = new Answers();
   for (const AnswerType* type : {&answers->done, &answers->launches, &answers->wants, &answers->missing, &answers->left_to_torch,
-                                 &answers->launch, &answers->want}) {
+                                 &answers->launch, &answers->want, &answers->gpu_pass, &answers->gpu_part}) {
     const py::handle type_object = reinterpret_cast<PyObject*>(type->type);
     m.attr(type_object.attr("__name__")) = type_object;
   }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <memory>
 
+#include "plan/gpu_passes.h"
 #include "plan/threads.h"
 #include "step/passes.h"
 
@@ -20,7 +21,10 @@ void Rows::clear() {
 void Rows::add(TensorImpl* to, TensorImpl* from) {
   TensorImpl* const main = to ? to : from;
   DType dtype;
-  if (!is_plain(main) || main->device_type() != at::kCPU) throw Outside{"a tensor is sparse, a subclass, or not on the CPU"};
+  const bool gpu = is_plain(main) && main->device_type() == gpu_type;
+  if (!is_plain(main) || (!gpu && main->device_type() != at::kCPU)) throw Outside{"a tensor is sparse, a subclass, or not on CPU or GPU"};
+  if (rows.empty()) device = main->device();
+  else if (main->device() != device) throw Outside{"tensors on several devices"};
   if (!dtype_of(main, dtype)) throw Outside{"a tensor is of another dtype than float32, float64, bfloat16 and float16"};
   if (to && to->is_inference() && !c10::InferenceMode::is_enabled()) throw Outside{"an inference tensor"};
   Row row = {};
@@ -31,7 +35,7 @@ void Rows::add(TensorImpl* to, TensorImpl* from) {
   auto take = [&](int k, TensorImpl* t) {
     if (!t) return;
     if (t != main && !Alike(main)(t)) {
-      if (!is_plain(t) || t->device_type() != at::kCPU || t->dtype() != main->dtype() || !same_sizes(t, main)) throw Outside{"an average and its value differ in shape or dtype"};
+      if (!is_plain(t) || t->device() != device || t->dtype() != main->dtype() || !same_sizes(t, main)) throw Outside{"an average and its value differ in shape, dtype or device"};
       dense = false;
     }
     row.data[k] = address_of(t, itemsize(dtype), k == 0);
@@ -39,6 +43,7 @@ void Rows::add(TensorImpl* to, TensorImpl* from) {
     strides.of[k] = t->strides().data();
   };
   take(0, to), take(1, from);
+  if (gpu && (!dense || (to && from && to->device() != from->device()))) throw Outside{"a tensor on a GPU with gaps, strides of its own, or on another"};
   if (!dense) {
     if (!strides.of[0]) strides.of[0] = strides.of[1];
     for (int d = 0; d < strides.ndim; d++)
@@ -76,6 +81,15 @@ double Rows::norm(Norm norm) {
   double total = 0;
   for (const double number : numbers) total = norm == Norm::largest ? (total != total || total > number ? total : number) : total + number;
   return norm == Norm::squares ? std::sqrt(total) : total;
+}
+
+PyObject* Rows::for_gpu(const Answers& answers, double number, Norm norm, double order) {
+  if (extents.overlap()) throw Outside{"tensors on a GPU share memory"};
+  for (TensorImpl* t : written) t->bump_version();
+  size_t place;
+  PassImage& image = pass_image(c10::Device(device.type(), index_of(device)), !read.empty() && !written.empty(), place);
+  image.fill(rows);
+  return image.answer(answers, place, number, norm, order).release().ptr();
 }
 
 void Rows::run_rows(size_t pass, const AnyScalars (&scalars)[dtype_count]) {
@@ -193,13 +207,6 @@ double as_number(PyObject* object) {
   return PyFloat_AS_DOUBLE(number.ptr());
 }
 
-Norm norm_of(double order) {
-  if (order == 2) return Norm::squares;
-  if (order == 1) return Norm::sum;
-  if (order == INFINITY) return Norm::largest;
-  throw Outside{"a norm other than 1, 2 and inf"};
-}
-
 // A 0-dim tensor as torch's: fp64 if some gradient is, else fp32.
 at::Tensor scalar_tensor(double value, bool f64) {
   at::Tensor made = at::detail::empty_cpu({}, f64 ? at::kDouble : at::kFloat);
@@ -208,10 +215,15 @@ at::Tensor scalar_tensor(double value, bool f64) {
   return made;
 }
 
+Norm norm_of(double order, const Rows& rows) {
+  if (order != 2 && order != 1 && order != INFINITY) throw Outside{"a norm other than 1, 2 and inf"};
+  if (order == INFINITY && rows.any_empty()) throw Outside{"an empty tensor has no largest element"};
+  return order == 2 ? Norm::squares : order == 1 ? Norm::sum : Norm::largest;
+}
+
 // `value`: the norm as the tensor holds it.
 at::Tensor norm_of_rows(Rows& rows, double order, bool error_if_nonfinite, double& value) {
-  const Norm norm = norm_of(order);
-  if (norm == Norm::largest && rows.any_empty()) throw Outside{"an empty tensor has no largest element"};
+  const Norm norm = norm_of(order, rows);
   const bool f64 = rows.has(DType::f64) || (rows.empty() && c10::get_default_dtype_as_scalartype() == at::kDouble);   // torch.tensor(0.0)
   value = rows.norm(norm);
   if (!f64) value = float(value);
@@ -236,6 +248,7 @@ PyObject* clip_grad_norm(const Answers& answers, PyObject* const* args) {
   Rows& rows = call.rows();
   call.for_grads(args[0], [&](TensorImpl* grad) { rows.add_both(grad); });
   if (rows.has(DType::f64) && rows.has_small_scalars()) throw Outside{"a gradient without dimensions and a norm of another dtype"};
+  if (rows.on_gpu()) return rows.for_gpu(answers, max_norm, norm_of(order, rows), order);
   double value;
   const at::Tensor norm = norm_of_rows(rows, order, error_if_nonfinite, value);
   const double factor = rows.has(DType::f64) ? coefficient<double>(max_norm, value) : coefficient<float>(max_norm, float(value));
@@ -249,6 +262,7 @@ PyObject* total_norm(const Answers& answers, PyObject* const* args) {
   Call call(answers);
   Rows& rows = call.rows();
   call.for_items(args[0], [&](PyObject* tensor) { rows.add_read(impl_of(tensor)); });
+  if (rows.on_gpu()) return rows.for_gpu(answers, INFINITY, norm_of(order, rows), order);
   double value;
   return THPVariable_Wrap(norm_of_rows(rows, order, error_if_nonfinite, value));
 }
@@ -257,6 +271,15 @@ PyObject* scale_grads(const Answers& answers, PyObject* const* args) {
   const double factor = as_number(args[1]);
   Call call(answers);
   call.for_grads(args[0], [&](TensorImpl* grad) { call.rows().add_written(grad); });
+  if (args[2] != Py_None) {
+    const TensorImpl* norm = impl_of(args[2]);
+    DType dtype;
+    if (!call.rows().on_gpu() || !call.rows().is_on(norm->device())) throw Outside{"a norm on another device than the gradients"};
+    if (!is_plain(norm) || norm->dim() || !dtype_of(norm, dtype) || itemsize(dtype) == 2) throw Outside{"a norm that is no number of float32 or float64"};
+    if (dtype == DType::f64 && call.rows().has_small_scalars()) throw Outside{"a gradient without dimensions and a norm of another dtype"};
+    return call.rows().for_gpu(answers, factor);
+  }
+  if (call.rows().on_gpu()) throw Outside{"a norm on another device than the gradients"};
   if (factor != 1) call.rows().run<Scale>(factor);
   return call.done();
 }
@@ -268,6 +291,7 @@ PyObject* clip_grad_value(const Answers& answers, PyObject* const* args) {
   call.for_grads(args[0], [&](TensorImpl* grad) { call.rows().add_written(grad); });
   for (int d = 0; d < dtype_count; d++)
     if (call.rows().has(DType(d)) && std::isinf(rounded_to(DType(d), limit)) && !std::isinf(limit)) throw Outside{"a clip_value that the gradients' dtype does not hold"};
+  if (call.rows().on_gpu()) return call.rows().for_gpu(answers, limit);
   call.rows().run<Clamp>(limit);
   return call.done();
 }
@@ -286,6 +310,8 @@ PyObject* average(const Answers& answers, PyObject* const* args) {
     rows.add_pair(impl_of(one), impl_of(value));
   });
   if (at != values) throw Outside{"lists of different lengths"};
+  // On a GPU torch makes the mean an average of a weight, the reciprocal of the count in fp32.
+  if (rows.on_gpu()) return rows.for_gpu(answers, is_count ? double(1 / float(number)) : number);
   if (!is_count) rows.run<Average>(number);
   else if (rows.has(DType::bf16) || rows.has(DType::f16)) throw Outside{"a mean in 16 bits, which torch rounds at each operation"};
   else rows.run<Mean>(number);
@@ -323,6 +349,7 @@ PyObject* zero_grad(const Answers& answers, PyObject* const* args) {
       call.rows().add_written(grad.unsafeGetTensorImpl());
     }
   }
+  if (call.rows().on_gpu()) throw Outside{"gradients on a GPU are to be zero"};
   call.rows().zero();
   return call.done();
 }

@@ -50,7 +50,10 @@ class OutOfBounds(PTXError):
 
 
 class Race(PTXError):
-    """Two threads touch a byte, one of them writes, and no barrier orders them."""
+    """Two threads touch a byte, one of them writes, and no barrier orders them.
+
+    But for lanes of a warp that store the same by one instruction.
+    """
 
 
 class Divergence(PTXError):
@@ -222,6 +225,13 @@ class Machine:
             raise Divergence("not all threads of the program are here")
         self._epoch = self._epoch + arrived  # a new array: the log keeps the old one
 
+    def _shuffle(self, value: Value, mask: int, lanes: Lanes) -> Value:
+        """What the lane has whose number in the warp differs by the bits of a mask."""
+        thread = self._thread[lanes]
+        if len(thread) % 32 or (thread.reshape(-1, 32)[:, -1] - thread[::32] != 31).any() or (thread[::32] % 32).any():
+            raise Divergence("not all threads of the warp are here")
+        return np.broadcast_to(value, len(thread))[np.arange(len(thread)) ^ mask]
+
     # Registers: unsigned bit patterns (bool for predicates), never changed in place
 
     def _read(self, name: str, kind: str, lanes: Lanes) -> Value:
@@ -261,7 +271,16 @@ class Machine:
 
     def _store(self, space: str, kind: str, values: Sequence[Value], address: Value, lanes: Lanes) -> None:
         address = self._check_access(space, address, len(values) * bits_of(kind) // 8, lanes, store=True)
-        self._cells(kind, len(values))[address] = np.stack(np.broadcast_arrays(*values, address)[:-1], axis=1)
+        stored = np.stack(np.broadcast_arrays(*values, address)[:-1], axis=1)
+        self._cells(kind, len(values))[address] = stored
+        if self.races:  # lanes of a warp may store the same together, as Triton has them do: that is one store
+            access = self._log[-1]
+            _, first, place = np.unique(address, return_index=True, return_inverse=True)
+            leader = first[place]
+            again = (leader != np.arange(len(address))) & (access.thread // 32 == access.thread[leader] // 32)
+            again &= (stored.view(f"u{stored.itemsize}") == stored[leader].view(f"u{stored.itemsize}")).all(axis=1)
+            fields = access.address[~again], access.bytes, access.thread[~again], access.epoch[~again], True
+            self._log[-1] = _Access(*fields)
 
     def _cells(self, kind: str, count: int) -> np.ndarray:
         if (kind, count) not in self._views:
@@ -382,6 +401,8 @@ def _bind(instruction: Instruction, kernel: Kernel) -> Execute | None:
             return _bind_move("u64", operands, kernel)
         if opcode == "bar.sync" and operands == (Immediate(0),):
             return Machine._barrier
+        if opcode == "shfl.sync.bfly.b32" and operands[3:] == (Immediate(31), Immediate(-1)):
+            return _bind_shuffle(operands, kernel)
         if re.fullmatch(r"createpolicy\.fractional\.L2::evict_\w+\.b64", opcode):  # a hint, which nothing here reads
             return lambda machine, lanes: None
     except (Refused, ValueError) as error:
@@ -466,7 +487,8 @@ def _bind_move(kind: str, operands: Sequence[Operand], kernel: Kernel) -> Execut
             value = read(machine, lanes)
             for i, register in enumerate(registers):
                 if register is not None:
-                    machine._write(register, (value >> value.dtype.type(i * bits_of(part))).astype(NUMPY[part]), lanes)
+                    bits = value >> value.dtype.type(i * bits_of(part))
+                    machine._write(register, bits.astype(NUMPY[part]), lanes)
 
         return unpack
     register = _register(destination, kind)
@@ -484,6 +506,16 @@ def _bind_move(kind: str, operands: Sequence[Operand], kernel: Kernel) -> Execut
         return pack
     read = _reader(source, kind, kernel)
     return lambda machine, lanes: machine._write(register, read(machine, lanes), lanes)
+
+
+def _bind_shuffle(operands: Sequence[Operand], kernel: Kernel) -> Execute:
+    destination, source, mask, *_ = operands
+    register, read = _register(destination, "b32"), _reader(source, "b32", kernel)
+    if not isinstance(mask, Immediate) or not 0 < mask.value < 32:
+        raise Refused(f"{mask} is no lane of a warp")
+    return lambda machine, lanes: machine._write(
+        register, machine._shuffle(read(machine, lanes), mask.value, lanes), lanes
+    )
 
 
 def _bind_parameter(kind: str, operands: Sequence[Operand], kernel: Kernel) -> Execute:

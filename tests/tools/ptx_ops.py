@@ -258,6 +258,28 @@ def _float_sign(op: str, kind: str) -> Operation:
     return Operation(kind, (kind,), np.negative if op == "neg" else np.abs)
 
 
+@form(r"max\.NaN\.(f16|bf16)")
+def _short_maximum(half: str) -> Operation:
+    """One of the two; or the one NaN of 16-bit arithmetic."""
+    maximum = _extremum("max", ".NaN", "f32", None).compute
+
+    def largest(a: Value, b: Value) -> Value:
+        wide_a, wide_b = widen(a, half), widen(b, half)
+        is_a = maximum(wide_a, wide_b).view(np.uint32) == wide_a.view(np.uint32)
+        return np.where(np.isnan(wide_a) | np.isnan(wide_b), np.uint16(0x7FFF), np.where(is_a, *bits(a, b)))
+
+    def bits(*values: Value) -> list[Value]:
+        return [np.asarray(value).view(np.uint16) for value in values]
+
+    return Operation("b16", (half, half), largest)
+
+
+@form(r"abs\.b?f16(x2)?")
+def _short_magnitude(pair: str | None) -> Operation:
+    kind = "b32" if pair else "b16"
+    return Operation(kind, (kind,), lambda a: a & NUMPY[kind](0x7FFF7FFF if pair else 0x7FFF))
+
+
 # Conversions
 
 

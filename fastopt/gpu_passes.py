@@ -1,0 +1,145 @@
+"""Norms, clipping and averages of GPU tensors: uploads what changed of the extension's arrays, and launches.
+
+The extension has checked everything and answered a GpuPass; kernels/passes.py describes its arrays. Nothing waits for
+the device, and a call like the one before allocates nothing but the norm that it returns. Imported, and Triton with it,
+with the first such tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .backends import _C
+from .gpu import DTYPES, NO_KERNEL, Uploads, _current, current_stream
+from .kernels import passes
+
+if TYPE_CHECKING:
+    from ._C import Done, GpuPart, GpuPass, LeftToTorch
+
+
+class Buffer(Uploads):
+    """What lies on the device for an image of the extension: the image, and the numbers of a norm."""
+
+    def __init__(self, device: torch.device, words: int, programs: int):
+        super().__init__(device)
+        self.version = 0  # of the image that it holds
+        with torch.inference_mode(False):  # it will be used outside too
+            self.buffer = torch.empty(words, dtype=torch.int64, device=device)
+            self.numbers = torch.empty(1 + programs, dtype=torch.float64, device=device)  # coefficient, each chunk's
+
+
+class _Buffers(threading.local):
+    """By image. As the extension's images each is of one thread and one stream, on which it is made and dropped."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, Buffer] = {}
+
+
+_buffers = _Buffers()
+
+
+class Launches:
+    """The launches of a GpuPass, whose arrays are uploaded first; its device is the current one."""
+
+    def __init__(self, todo: GpuPass, device: torch.device):
+        self.todo, self.device, self.index = todo, device, todo.device
+        buffer = self._uploaded()
+        self.stream = current_stream(device)
+        self.work = buffer.buffer.data_ptr()
+        self.table = self.work + 8 * todo.table_at
+        self.coefficient = buffer.numbers.data_ptr()
+        self.partials = self.coefficient + 8
+
+    def _uploaded(self) -> Buffer:
+        todo = self.todo
+        start, stop = todo.changed_from, todo.changed_to
+        buffer = _buffers.of.get(todo.image)
+        if buffer is None or buffer.buffer.numel() < todo.words or buffer.numbers.numel() <= todo.programs:
+            buffer = _buffers.of[todo.image] = Buffer(self.device, _rounded(todo.words), _rounded(todo.programs))
+        if buffer.version != todo.version - 1:  # new, or a version was never uploaded
+            start, stop = 0, todo.words
+        buffer.version = 0
+        if start < stop:
+            buffer.upload(todo.address, start, stop)
+        buffer.version = todo.version
+        return buffer
+
+    def norm(self) -> Tensor:
+        """Launches the norm, with the coefficient that clips to the number of the pass."""
+        todo = self.todo
+        f64 = any(DTYPES[part.dtype] == torch.float64 for part in todo.parts)
+        norm = torch.empty((), dtype=torch.float64 if f64 else torch.float32, device=self.device)
+        for launcher, (_, first, programs) in self._launchers(passes.norm_launcher, todo.norm):
+            launcher.launch(programs, self.stream, self.work + 8 * first, self.table, self.partials + 8 * first)
+        self.finish(todo.norm, norm)
+        return norm
+
+    def finish(self, kind: int, norm: Tensor) -> None:
+        arrays = self.partials, self.todo.programs, self.todo.number, norm.data_ptr(), self.coefficient
+        self._launcher(passes.finish_launcher, kind, norm.dtype).launch(1, self.stream, *arrays)
+
+    def write(self, name: str, number: int) -> None:
+        """Launches a pass of passes.PASSES."""
+        for launcher, (_, first, programs) in self._launchers(passes.pass_launcher, name):
+            launcher.launch(programs, self.stream, self.work + 8 * first, self.table, number)
+
+    def _launchers(self, make: Callable[..., Any], kind: int | str) -> list[tuple[Any, GpuPart]]:
+        """All of them before one is used: what cannot be compiled changes nothing."""
+        parts = self.todo.parts
+        return [(self._launcher(make, kind, DTYPES[part.dtype]), part) for part in parts if part.programs]
+
+    def _launcher(self, make: Callable[..., Any], kind: int | str, dtype: torch.dtype) -> Any:
+        try:
+            return make(kind, dtype, self.index)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            what = f"{make.__name__.removesuffix('_launcher')} {kind}"
+            raise RuntimeError(NO_KERNEL.format(algorithm=what, device=self.device, error=why)) from error
+
+
+def run(
+    todo: GpuPass, name: str, norm: Tensor | None = None, error_if_nonfinite: bool = False
+) -> Tensor | Done | LeftToTorch:
+    """Does a GpuPass: "norm", which it returns, "clip", which clips to it as well, or a pass of passes.PASSES.
+
+    "scale" clips to a norm that is given.
+    """
+    device = torch.device(_C.gpu_type(), todo.device)
+    done: Done = _C.DONE
+    with _current(device):
+        if _is_cuda(device) and torch.cuda.is_current_stream_capturing():
+            captured: LeftToTorch = _C.LeftToTorch(("a CUDA graph is being captured",))
+            return captured
+        launches = Launches(todo, device)
+        if name in ("norm", "clip"):
+            norm = launches.norm()
+            if error_if_nonfinite and not math.isfinite(norm.item()):
+                raise RuntimeError(NOT_FINITE.format(order=todo.order))
+            if name == "clip":
+                launches.write("scale", launches.coefficient)
+            return norm
+        if norm is not None:
+            launches.finish(passes.GIVEN.value, norm)
+        launches.write(name, todo.number if norm is None else launches.coefficient)
+    return done
+
+
+NOT_FINITE = (
+    "The total norm of order {order} for gradients from `parameters` is non-finite, so it cannot be clipped. To "
+    "disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
+)
+
+
+def _rounded(number: int) -> int:
+    """Up to a power of two: a few more tensors want no other buffer."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
