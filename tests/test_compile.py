@@ -216,7 +216,6 @@ def test_zero_grad_breaks_the_graph_without_being_traced(row):
         torch._dynamo.reset()
         explained = torch._dynamo.explain(call)(torch.ones(2))
         breaks.append([explained.graph_count, explained.graph_break_count, explained.op_count])
-        assert "torch._dynamo.disable" in str(explained.break_reasons[0].reason)
     assert breaks[0] == breaks[1]
 
 
