@@ -15,7 +15,7 @@ CORE_DEPS := $(CORE) $(wildcard csrc/step/*.h)
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-sqrt test-long lint native native-arm bench bench-quick bench-gpu bench-compare docs wheels clean
+.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-sqrt test-long lint native native-arm bench bench-quick bench-loop bench-gpu bench-compare docs wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -90,6 +90,8 @@ bench: setup  ## fastopt against torch.optim, 6 to 12 minutes
 	$(PY) -m bench.run
 bench-quick: setup  ## the same in a minute
 	$(PY) -m bench.run --quick
+bench-loop: setup  ## whole training iterations part by part, steps with cold caches, clipping and averaging
+	$(PY) -m bench.loop
 bench-gpu: setup  ## on a machine with a GPU: correctness, then speed
 	$(PY) -m bench.gpu
 bench-compare: setup  ## what got slower from OLD=a.json to NEW=b.json
