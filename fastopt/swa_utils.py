@@ -150,6 +150,6 @@ def _updated(update: _Update, averaged: AveragedModel, model: Module) -> bool:
     if rest:
         update.torch_update([own for own, _ in rest], [other for _, other in rest], averaged.n_averaged)
     if not averaged.use_buffers:
-        for own, other in zip(own_buffers, buffers, strict=True):
-            own.detach().copy_(other.detach().to(own.device))
+        if own_buffers:
+            torch._foreach_copy_(own_buffers, buffers)
     return True

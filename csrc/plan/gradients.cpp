@@ -261,6 +261,21 @@ PyObject* total_norm(const Answers& answers, PyObject* const* args) {
   return THPVariable_Wrap(norm_of_rows(rows, order, error_if_nonfinite, value));
 }
 
+PyObject* norm(const Answers& answers, PyObject* const* args) {
+  const Norm order = norm_of(as_number(args[1]));
+  Call call(answers);
+  call.for_items(args[0], [&](PyObject* tensor) { call.rows().add_read(impl_of(tensor)); });
+  return PyFloat_FromDouble(call.rows().norm(order));
+}
+
+PyObject* scale(const Answers& answers, PyObject* const* args) {
+  const double factor = as_number(args[1]);
+  Call call(answers);
+  call.for_items(args[0], [&](PyObject* tensor) { call.rows().add_written(impl_of(tensor)); });
+  if (factor != 1) call.rows().run<Scale>(factor);
+  return call.done();
+}
+
 PyObject* scale_grads(const Answers& answers, PyObject* const* args) {
   const double factor = as_number(args[1]);
   Call call(answers);
