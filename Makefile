@@ -16,7 +16,7 @@ CORE_DEPS := $(CORE) $(wildcard tests/native/*.h csrc/step/*.h)
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-sqrt test-long lint native native-arm asan bench bench-quick bench-gpu gpu bench-compare docs wheel wheels sdist test-wheel clean
+.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-sqrt test-long lint native native-arm asan bench bench-quick bench-loop bench-gpu gpu bench-compare docs wheel wheels sdist test-wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -99,6 +99,8 @@ bench: setup  ## fastopt against torch.optim, 6 to 12 minutes
 	$(PY) -m bench.run
 bench-quick: setup  ## the same in a minute
 	$(PY) -m bench.run --quick
+bench-loop: setup  ## whole training iterations part by part, steps with cold caches, clipping and averaging
+	$(PY) -m bench.loop
 bench-gpu: setup  ## on a machine with a GPU: correctness, then speed
 	$(PY) -m bench.gpu
 gpu:  ## all that a GPU has to say, in nine minutes, with the torch of PYTHON: build/gpu/summary.md; FULL=1 takes longer, DRY=1 needs no GPU

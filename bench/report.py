@@ -138,6 +138,46 @@ def instructions_text(counts: dict[str, float]) -> str:
     return "## Instructions a step, one thread, AVX2\n\n" + table(header, ((k, f"{v:,.0f}") for k, v in counts.items()))
 
 
+def iteration_table(result: Result) -> str:
+    """bench.loop's iterations of one task: a line for each candidate, a column for each part."""
+    title = (
+        f"### {result['task']}: {count(result['tensors'], 'tensor')}, {result['elements']:,} elements, "
+        f"{count(result['threads'], 'thread')}\n\n"
+    )
+    parts = list(next(iter(result["parts"].values()), {}))
+    lines = []
+    for name in result.get("seconds", {}):
+        of_parts = (duration(result["parts"][name][part]["median"]) for part in parts)
+        whole = cell({"seconds": result["seconds"]}, name)
+        own = duration(result["own"][name]["median"])
+        ratio = median(result, "ratio", name)
+        lines.append([name, *of_parts, own, whole, times(ratio) if ratio else "-", f"{result['losses_off'][name]:.0e}"])
+    notes = "".join(f"\n{name}: WRONG, not timed ({why})" for name, why in result["refused"].items())
+    header = ["", *parts, "all but the model", "iteration", "in units of fastopt's", "losses off by"]
+    return title + table(header, lines) + ("\n" + notes if notes else "") + "\n"
+
+
+def loop_text(document: dict[str, Any]) -> str:
+    """bench.loop's tables."""
+    text = []
+    if results := document.get("iterations"):
+        text += ["## Training iterations, part by part\n", *map(iteration_table, results)]
+    if results := document.get("cold"):
+        names = [name for name in CANDIDATES if any(name in result["cold"]["seconds"] for result in results)]
+        text += ["## A step of Adam with cold caches, and in a row of steps\n"]
+        lines = [
+            [result["workload"], kind, *(cell(result[kind], name) for name in names)]
+            for result in results
+            for kind in ("cold", "warm")
+        ]
+        text += [table(["workload", "caches", *names], lines), ""]
+    if results := document.get("functions"):
+        text += ["## Functions against torch's, warm\n"]
+        lines = [[r["function"], r["workload"], cell(r, "fastopt"), cell(r, "torch")] for r in results]
+        text += [table(["function", "workload", "fastopt", "torch"], lines), ""]
+    return "\n".join(text)
+
+
 # ---- plots
 
 COLOURS = {"fastopt": "#d62728", "default": "#7f7f7f", "foreach": "#1f77b4", "fused": "#2ca02c", "deepspeed": "#9467bd",
@@ -222,6 +262,8 @@ def report(documents: list[dict[str, Any]], plots: Path | None) -> str:
     for document in documents:
         if "host" in document:
             text += [host_text(document["host"]), ""]
+        if loops := loop_text(document):
+            text.append(loops)
         if "instructions" in document:
             text += [instructions_text(document["instructions"]), ""]
     if plots:

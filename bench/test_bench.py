@@ -11,8 +11,9 @@ import copy
 import pytest
 import torch
 
-from . import candidates, compare, measure, roof, workloads
+from . import candidates, compare, loop, measure, report, roof, workloads
 from .candidates import CANDIDATES, OPTIMIZERS, Problem, check, reference
+from .loop import PARTS, TASKS, Training
 
 SMALL = ("two scalars", "mlp", "1000 x 256", "465 groups")
 TINY = workloads.Workload("tiny", (((5,), (3, 4)), ((130,),)))
@@ -145,3 +146,84 @@ def test_compare_wants_the_quantiles_apart():
     for name in noisy["ratio"]:
         noisy["ratio"][name] = {"median": 1.6, "q20": 1.0, "q80": 2.2}
     assert compare.slower({"results": [result(2.0)]}, {"results": [noisy]}, 0.10) == []
+
+
+# ---- whole iterations
+
+
+@pytest.fixture
+def one_thread():
+    """The pool's barriers are slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+LITTLE = measure.Effort(seconds=0.02, min_rounds=2, max_rounds=3, batch=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [("linear regression", 2, 2), ("RL actor 64-64", 6, 4866), ("MLP 784-512-512-10", 6, 669_706),
+     ("GPT 0.93 M", 52, 932_608), ("CNN of 100 narrow layers", 404, 60_122)],
+)  # fmt: skip
+def test_models_have_the_stated_sizes(name, tensors, elements):
+    params = list(TASKS[name].model().parameters())
+    assert (len(params), sum(param.numel() for param in params)) == (tensors, elements)
+
+
+def test_each_part_is_timed():
+    """With a clock that goes on by 1 whenever it is read, each part takes 1."""
+    ticks = iter(range(1000))
+    assert Training(TASKS["linear regression"], "default").run(3, lambda: next(ticks)) == [1.0] * len(PARTS)
+
+
+@pytest.mark.parametrize("name", ["linear regression", "RL actor 64-64"])
+def test_losses_are_those_of_torch(one_thread, name):
+    result = loop.measure_iterations(TASKS[name], ["default", "foreach", "fused", "fastopt"], LITTLE)
+    assert not result["refused"]
+    assert result["seconds"].keys() == result["parts"].keys() == result["losses_off"].keys() >= {"default", "fused"}
+    assert result["parts"]["fused"].keys() == set(PARTS)
+    assert "all but the model" in report.loop_text({"iterations": [result]})
+
+
+def test_a_training_with_other_losses_is_refused(one_thread, monkeypatch):
+    monkeypatch.setitem(CANDIDATES, "fused", lambda row, params, dtype: torch.optim.Adam(params, lr=2e-3))
+    result = loop.measure_iterations(TASKS["RL actor 64-64"], ["default", "fused"], LITTLE)
+    assert set(result["refused"]) == {"fused"}
+    assert set(result["seconds"]) == {"default"}
+    assert "fused: WRONG" in report.loop_text({"iterations": [result]})
+    assert loop.off([1.0, float("nan")], [1.0, 1.0]) == float("inf")
+
+
+def test_steps_with_cold_caches(one_thread, monkeypatch):
+    monkeypatch.setattr(loop, "OTHER_DATA", 1 << 10)
+    result = loop.measure_cold(TINY, ["fastopt", "fused"], LITTLE)
+    assert result["cold"]["seconds"].keys() == result["warm"]["seconds"].keys() >= {"fused"}
+    assert TINY.name in report.loop_text({"cold": [result]})
+
+
+def test_functions_are_called_on_what_they_shall_do(one_thread):
+    pytest.importorskip("fastopt")
+    results = list(loop.measure_functions(TINY, LITTLE))
+    assert len({result["function"] for result in results}) == len(results) == 6
+    assert all(result["seconds"].keys() == {"fastopt", "torch"} for result in results)
+    calls, prepare = loop.zeroing(TINY, True)
+    (optimizer,) = {call.func.__self__ for name, call in calls.items() if name == "torch"}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for call in calls.values():
+        prepare("")
+        assert all(param.grad is not None for param in params)
+        call()
+        assert all(param.grad is None for param in params)
+    for call in loop.clipping(TINY, 1e9).values():
+        assert call() > 1
+    for call in loop.clipping(TINY, 0.0).values():
+        call()
+        assert call() == 0
+    ours, theirs = loop.averaging(TINY).values()
+    before = theirs.args[0][0].clone()
+    ours(), theirs()
+    assert torch.equal(ours.args[0][0], theirs.args[0][0]) and ours.args[0][0] is not ours.args[1][0]
+    assert before.shape == theirs.args[0][0].shape

@@ -1,11 +1,12 @@
 """Clipping gradients, as torch.nn.utils.clip_grad does it: one pass for the norm of all, one for the product.
 
-For any model and any optimizer. What is not a plain strided tensor of a floating dtype on CPU, or all on one GPU, is
-clipped by torch's own functions, and counted in `backend_info()`.
+For any model and any optimizer. What is not a plain strided tensor of a floating dtype, all on CPU or all on one GPU,
+nor a DTensor of such on CPU, is clipped by torch's own functions, and counted in `backend_info()`.
 """
 
 from __future__ import annotations
 
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import clip_grad as torch_clip_grad
 
+from . import dtensors
 from .backends import _C, left_to_torch, on_gpu
 
 Tensors = Tensor | Iterable[Tensor]
@@ -68,6 +70,10 @@ def clip_grad_norm_(
     answer = on_gpu(answer, "clip", None, error_if_nonfinite)
     if type(answer) is Tensor:
         return answer
+    if grads := _dtensor_grads(parameters, norm_type):
+        norm = get_total_norm(grads, norm_type, error_if_nonfinite)
+        dtensors.scale_(grads, _factor(max_norm, cast(Any, norm)._local_tensor))
+        return norm
     arguments = parameters, max_norm, norm_type, error_if_nonfinite, foreach
     return cast(Tensor, left_to_torch(_torch_clip_grad_norm, answer, *arguments))
 
@@ -105,6 +111,15 @@ def get_total_norm(
     answer = on_gpu(answer, "norm", None, error_if_nonfinite)
     if type(answer) is Tensor:
         return answer
+    if found := _dtensors(tensors, norm_type):
+        norm = dtensors.total_norm(found, float(norm_type))
+        if error_if_nonfinite and not norm._local_tensor.isfinite():
+            raise RuntimeError(
+                f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it "
+                "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+                "`error_if_nonfinite=False`"
+            )
+        return norm
     return cast(Tensor, left_to_torch(_torch_get_total_norm, answer, tensors, norm_type, error_if_nonfinite, foreach))
 
 
@@ -130,13 +145,19 @@ def clip_grads_with_norm_(
     """
     if type(parameters) is not list and not isinstance(parameters, Tensor):
         parameters = list(parameters)
-    if is_dynamo_compiling() or _C is None or type(total_norm) is not Tensor:
+    if is_dynamo_compiling() or _C is None:
         return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
+    if type(total_norm) is not Tensor:
+        grads, norm = _dtensor_grads(parameters, 2.0), dtensors.replicated(total_norm)
+        if not grads or norm is None:
+            return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
+        dtensors.scale_(grads, _factor(max_norm, norm))
+        return
+    answer: Any
     if total_norm.device.type == _C.gpu_type():
         answer = on_gpu(_C.scale_grads_(parameters, float(max_norm), total_norm), "scale", total_norm)
     elif total_norm.device.type == "cpu" and total_norm.dtype != torch.float64:
-        factor = torch.clamp(float(max_norm) / (total_norm.detach() + 1e-6), max=1.0)
-        answer = _C.scale_grads_(parameters, float(factor), None)
+        answer = _C.scale_grads_(parameters, _factor(max_norm, total_norm), None)
     else:
         return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
     if answer:
@@ -168,6 +189,22 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     answer = _C.clip_grad_value_(parameters, clip_value)
     if answer and (answer := on_gpu(answer, "clamp")):
         left_to_torch(_torch_clip_grad_value, answer, parameters, clip_value, foreach)
+
+
+def _factor(max_norm: float, total_norm: Tensor) -> float:
+    """As torch computes it, on tensors without dimensions."""
+    return float(torch.clamp(float(max_norm) / (total_norm.detach() + 1e-6), max=1.0))
+
+
+def _dtensors(tensors: Any, norm_type: float) -> list[Any] | None:
+    if float(norm_type) not in (1.0, 2.0, math.inf):
+        return None
+    return dtensors.dtensors_of_one_mesh([tensors] if isinstance(tensors, Tensor) else tensors)
+
+
+def _dtensor_grads(parameters: Any, norm_type: float) -> list[Any] | None:
+    listed = [parameters] if isinstance(parameters, Tensor) else parameters
+    return _dtensors([param.grad for param in listed if param.grad is not None], norm_type)
 
 
 def _listed(parameters: Iterable[Tensor]) -> list[Tensor]:

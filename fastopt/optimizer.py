@@ -166,14 +166,15 @@ class FusedStep(_Base):
 
     # ---- zeroing
 
-    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters, as torch.optim.Optimizer.zero_grad does.
 
         Args:
             set_to_none: drop them instead of filling them with zeros. Default True.
         """
-        if _watched() or _C.zero_grad(self, set_to_none):
+        if is_dynamo_compiling():
+            _untraced_zero_grad(self, set_to_none)
+        elif _watched() or _C.zero_grad(self, set_to_none):
             super().zero_grad(set_to_none)
 
     # ---- the step
@@ -370,6 +371,7 @@ def _check_loaded(self: Any, group: Group, param: Tensor, key: Any, entry: dict[
 
 _step_with_hooks = Optimizer.profile_hook_step(FusedStep.step)
 _untraced_step, _untraced_step_if_unwatched = _disable_dynamo(_step), _disable_dynamo(_step_if_unwatched)
+_untraced_zero_grad = _disable_dynamo(FusedStep.zero_grad)
 
 if _C is None:  # without the extension, torch's own are inherited
     del FusedStep.step, FusedStep.zero_grad, FusedStep.profile_hook_step

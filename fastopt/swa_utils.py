@@ -153,6 +153,6 @@ def _took_in(take_in: Callable[..., Any], averaged: AveragedModel, model: Module
         count_left_to_torch("AveragedModel", answer)
         return False
     if not averaged.use_buffers:
-        for own, other in zip(own_buffers, buffers, strict=True):
-            own.detach().copy_(other.detach().to(own.device))
+        if own_buffers:
+            torch._foreach_copy_(own_buffers, buffers)
     return True

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fastopt
 
@@ -203,6 +203,83 @@ def host_time_of_dtensors(_):
     assert taken["fastopt"] < min(ms for name, ms in taken.items() if name != "fastopt")
 
 
+def clip_dtensors(_):
+    """The norm is that of the whole tensors, a DTensor as torch's, the same in all processes; then torch's bits."""
+    size = dist.get_world_size()
+    line = init_device_mesh("cpu", (size,))
+    planes = [init_device_mesh("cpu", shape) for shape in ((1, size), (size, 1))]
+    both = [
+        (line, ((Shard(0),), (Shard(1),), (Replicate(),))),
+        (line, ((Replicate(),),)),
+        *((plane, ((Shard(0), Shard(1)), (Replicate(), Shard(0)), (Shard(1), Replicate()))) for plane in planes),
+    ]
+    for mesh, placements in both:
+        for dtypes in ((torch.float32,), (torch.bfloat16, torch.float32), (torch.float64,)):
+            torch.manual_seed(0)
+            # 3 rows are not shared evenly, and of 1 row the second process gets nothing
+            whole = [
+                (torch.randn(rows, 50), place, dtype) for dtype in dtypes for place in placements for rows in (3, 1)
+            ]
+
+            def parameters(whole=whole, mesh=mesh):
+                params = []
+                for value, place, dtype in whole:
+                    params.append(nn.Parameter(distribute_tensor(torch.zeros(value.shape, dtype=dtype), mesh, place)))
+                    params[-1].grad = distribute_tensor(value.to(dtype, copy=True), mesh, place)
+                return [nn.Parameter(torch.zeros(1)), *params]  # one without gradient
+
+            for order in (2.0, 1.0, float("inf")):
+                before = fastopt.backend_info()["torch_steps"]
+                params = parameters()
+                norm = fastopt.clip_grad_norm_(params, 0.5, order)
+                assert fastopt.backend_info()["torch_steps"] == before, "torch's own function ran"
+                assert type(norm) is DTensor and norm.device_mesh == mesh and norm.shape == ()
+                assert norm.placements == (Replicate(),) * mesh.ndim
+                exact = fastopt.get_total_norm([value.to(dtype).double() for value, _, dtype in whole], order).item()
+                eps = torch.finfo(norm.dtype).eps
+                assert abs(norm.to_local().item() - exact) <= (4 if norm.dtype == torch.float64 else 1) * eps * exact
+                everywhere = [torch.zeros((), dtype=norm.dtype) for _ in range(size)]
+                dist.all_gather(everywhere, norm.to_local())
+                assert_same_bits(everywhere, [norm.to_local()] * size, "of all processes")
+                theirs, given = parameters(), parameters()
+                nn.utils.clip_grads_with_norm_(theirs, 0.5, norm)
+                fastopt.clip_grads_with_norm_(given, 0.5, norm)
+                expected = [param.grad.to_local() for param in theirs[1:]]
+                assert_same_bits([param.grad.to_local() for param in params[1:]], expected, "clipped")
+                assert_same_bits([param.grad.to_local() for param in given[1:]], expected, "with the norm")
+                if order != float("inf"):  # where torch's hangs: the process with an empty part raises
+                    torchs = nn.utils.clip_grad_norm_(parameters(), 0.5, order)
+                    assert type(torchs) is DTensor and torchs.placements == norm.placements
+                    rtol = 1e-2 if torch.bfloat16 in dtypes else 1e-5
+                    torch.testing.assert_close(norm.to_local().to(torchs.dtype), torchs.to_local(), rtol=rtol, atol=0)
+
+    bad = [distribute_tensor(torch.tensor([1.0, float("nan")]), line, [Shard(0)])]
+    with pytest.raises(RuntimeError, match="order 2.0 for gradients from `parameters` is non-finite"):
+        fastopt.get_total_norm(bad, error_if_nonfinite=True)
+    assert fastopt.get_total_norm(bad, float("inf")).to_local().isnan()
+
+    partial = nn.Parameter(distribute_tensor(torch.zeros(4), line, [Replicate()]))
+    partial.grad = DTensor.from_local(torch.ones(4), line, [Partial()])
+    norm = fastopt.clip_grad_norm_(partial, 1e9)
+    assert norm.full_tensor().item() == pytest.approx(2 * size)
+    assert any("clip_grad_norm_" in reason for reason in fastopt.backend_info()["torch_steps"])
+
+
+def clip_in_fsdp2(_):
+    """As in a training script; the same norm of the whole model as in one process."""
+    for clip in (fastopt.clip_grad_norm_, nn.utils.clip_grad_norm_):
+        model, whole = sharded(model_of_odd_sizes()), model_of_odd_sizes()
+        x = torch.randn(3, 6)
+        dist.broadcast(x, 0)
+        for each in (model, whole):
+            each(x).square().mean().backward()
+        norm = clip(model.parameters(), 0.1)
+        expected = fastopt.clip_grad_norm_(whole.parameters(), 0.1)
+        assert norm.full_tensor().item() == pytest.approx(expected.item(), rel=1e-5)
+        for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.full_tensor(), b.grad, rtol=1e-4, atol=1e-6)
+
+
 def save(path):
     """Every optimizer trains two steps under fully_shard, and is saved from all processes."""
     for row in ROWS:
@@ -272,3 +349,8 @@ def test_checkpoint_in_another_world_size(tmp_path):
 
 def test_host_time_of_dtensors(tmp_path):
     in_processes(1, tmp_path, host_time_of_dtensors, None)
+
+
+@pytest.mark.parametrize("scenario", [clip_dtensors, clip_in_fsdp2], ids=lambda scenario: scenario.__name__)
+def test_clipping(scenario, tmp_path):
+    in_processes(2, tmp_path, scenario, None)

@@ -207,9 +207,20 @@ double as_number(PyObject* object) {
   return PyFloat_AS_DOUBLE(number.ptr());
 }
 
+// Memory for a number. torch's own allocator aligns to cache lines, which takes malloc as long as the norm of a few scalars.
+struct NumberAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* memory = ::operator new(bytes);
+    return {memory, memory, raw_deleter(), c10::Device(c10::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return [](void* memory) { ::operator delete(memory); }; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
 // A 0-dim tensor as torch's: fp64 if some gradient is, else fp32.
 at::Tensor scalar_tensor(double value, bool f64) {
-  at::Tensor made = at::detail::empty_cpu({}, f64 ? at::kDouble : at::kFloat);
+  static NumberAllocator allocator;
+  at::Tensor made = at::detail::empty_generic({}, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), f64 ? at::kDouble : at::kFloat, std::nullopt);
   if (f64) *static_cast<double*>(made.mutable_data_ptr()) = value;
   else *static_cast<float*>(made.mutable_data_ptr()) = float(value);
   return made;
@@ -250,10 +261,10 @@ PyObject* clip_grad_norm(const Answers& answers, PyObject* const* args) {
   if (rows.has(DType::f64) && rows.has_small_scalars()) throw Outside{"a gradient without dimensions and a norm of another dtype"};
   if (rows.on_gpu()) return rows.for_gpu(answers, max_norm, norm_of(order, rows), order);
   double value;
-  const at::Tensor norm = norm_of_rows(rows, order, error_if_nonfinite, value);
+  at::Tensor norm = norm_of_rows(rows, order, error_if_nonfinite, value);
   const double factor = rows.has(DType::f64) ? coefficient<double>(max_norm, value) : coefficient<float>(max_norm, float(value));
   if (factor != 1) rows.run<Scale>(factor);
-  return THPVariable_Wrap(norm);
+  return THPVariable_Wrap(std::move(norm));
 }
 
 PyObject* total_norm(const Answers& answers, PyObject* const* args) {
@@ -265,6 +276,24 @@ PyObject* total_norm(const Answers& answers, PyObject* const* args) {
   if (rows.on_gpu()) return rows.for_gpu(answers, INFINITY, norm_of(order, rows), order);
   double value;
   return THPVariable_Wrap(norm_of_rows(rows, order, error_if_nonfinite, value));
+}
+
+PyObject* norm(const Answers& answers, PyObject* const* args) {
+  const double order = as_number(args[1]);
+  Call call(answers);
+  Rows& rows = call.rows();
+  call.for_items(args[0], [&](PyObject* tensor) { rows.add_read(impl_of(tensor)); });
+  if (rows.on_gpu()) throw Outside{"shards on a GPU"};
+  return PyFloat_FromDouble(rows.norm(norm_of(order, rows)));
+}
+
+PyObject* scale(const Answers& answers, PyObject* const* args) {
+  const double factor = as_number(args[1]);
+  Call call(answers);
+  call.for_items(args[0], [&](PyObject* tensor) { call.rows().add_written(impl_of(tensor)); });
+  if (call.rows().on_gpu()) throw Outside{"shards on a GPU"};
+  if (factor != 1) call.rows().run<Scale>(factor);
+  return call.done();
 }
 
 PyObject* scale_grads(const Answers& answers, PyObject* const* args) {

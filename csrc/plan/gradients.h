@@ -65,6 +65,10 @@ class Rows {
 PyObject* clip_grad_norm(const Answers& answers, PyObject* const* args);
 // total_norm(tensors, norm_type, error_if_nonfinite) -> Tensor | GpuPass | LeftToTorch
 PyObject* total_norm(const Answers& answers, PyObject* const* args);
+// norm(tensors, norm_type) -> float | LeftToTorch: what total_norm rounds; of tensors of the CPU that are not empty
+PyObject* norm(const Answers& answers, PyObject* const* args);
+// scale_(tensors, factor) -> DONE | LeftToTorch
+PyObject* scale(const Answers& answers, PyObject* const* args);
 // scale_grads_(parameters, factor, None) -> DONE | LeftToTorch, or scale_grads_(parameters, max_norm, norm on a GPU) -> GpuPass | LeftToTorch
 PyObject* scale_grads(const Answers& answers, PyObject* const* args);
 // clip_grad_value_(parameters, clip_value) -> DONE | GpuPass | LeftToTorch

@@ -7,59 +7,57 @@
 namespace fastopt {
 namespace {
 
-typedef double Doubles __attribute__((vector_size(64)));
-typedef float Singles __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(32)));
-typedef uint16_t Shorts __attribute__((vector_size(16)));
+#if defined(FASTOPT_VECTOR_BYTES)
+constexpr int wide = FASTOPT_VECTOR_BYTES;
+#else
+constexpr int wide = 16;
+#endif
+constexpr int tile_lanes = 32, together = wide / int(sizeof(double)), vectors = tile_lanes / together;
+typedef double Doubles __attribute__((vector_size(wide)));
+typedef int64_t Integers __attribute__((vector_size(wide)));
+typedef float Singles __attribute__((vector_size(wide / 2)));
 
 template <class To, class From> inline To bits_as(const From& from) { To to; std::memcpy(&to, &from, sizeof to); return to; }
-inline Doubles eight(const double* from) { Doubles v; std::memcpy(&v, from, sizeof v); return v; }
-inline Doubles eight(const float* from) { Singles v; std::memcpy(&v, from, sizeof v); return __builtin_convertvector(v, Doubles); }
-inline Doubles eight(const bfloat16* from) {
-  Shorts v;
-  std::memcpy(&v, from, sizeof v);
-  return __builtin_convertvector(bits_as<Singles>(__builtin_convertvector(v, Words) << 16), Doubles);
-}
+inline Doubles doubles(const double* from) { Doubles v; std::memcpy(&v, from, sizeof v); return v; }
+inline Doubles doubles(const float* from) { Singles v; std::memcpy(&v, from, sizeof v); return __builtin_convertvector(v, Doubles); }
 
-template <Norm norm, class V> inline V include(V sum, V value) {
+// V is double or Doubles, and I the integers of its size. Of magnitudes, which have no sign, the bits are in the order of the numbers, NaN
+// being larger than all: so NaN wins, in whatever order.
+template <Norm norm, class I, class V> inline V include(V sum, V value) {
   if constexpr (norm == Norm::squares) return sum + value * value;
-  const V magnitude = value < 0 ? -value : value;
+  const V magnitude = bits_as<V>(bits_as<I>(value) & INT64_MAX);
   if constexpr (norm == Norm::sum) return sum + magnitude;
-  return sum != sum ? sum : sum > magnitude ? sum : magnitude;   // NaN wins
-}
-template <Norm norm, class V> inline V join(V a, V b) {
-  if constexpr (norm == Norm::largest) return include<norm>(a, b);
-  else return a + b;
+  return bits_as<I>(sum) > bits_as<I>(magnitude) ? sum : magnitude;
 }
 
 template <Norm norm> class Lanes {
  public:
   // n elements; all but the last call of a tile with a multiple of 32.
-  template <class S> void add(const S* from, int64_t n) {
+  template <class T> void add(const T* from, int64_t n) {
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32)
-      for (int k = 0; k < 4; k++) lane[k] = include<norm>(lane[k], eight(from + i + 8 * k));
+    for (; i + tile_lanes <= n; i += tile_lanes)
+      for (int k = 0; k < vectors; k++) lane[k] = include<norm, Integers>(lane[k], doubles(from + i + together * k));
     if (i == n) return;
-    double rest[32];
+    double rest[tile_lanes];
     std::memcpy(rest, lane, sizeof rest);
-    for (int j = 0; i < n; i++, j++) rest[j] = include<norm>(rest[j], double(widen(from[i])));
+    for (int j = 0; i < n; i++, j++) rest[j] = include<norm, int64_t>(rest[j], double(from[i]));
     std::memcpy(lane, rest, sizeof rest);
   }
   double result() const {
-    const Doubles eight = join<norm>(join<norm>(lane[0], lane[2]), join<norm>(lane[1], lane[3]));
-    double a[8];
-    std::memcpy(a, &eight, sizeof a);
-    for (int width = 4; width; width /= 2)
-      for (int j = 0; j < width; j++) a[j] = join<norm>(a[j], a[j + width]);
+    double a[tile_lanes];
+    std::memcpy(a, lane, sizeof a);
+    for (int width = tile_lanes / 2; width; width /= 2)
+      for (int j = 0; j < width; j++) a[j] = norm == Norm::largest ? include<norm, int64_t>(a[j], a[j + width]) : a[j] + a[j + width];
     return a[0];
   }
 
  private:
-  Doubles lane[4] = {};
+  Doubles lane[vectors] = {};
 };
+
 template <Norm norm, class S> void reduce_row(const S* grad, const Layout* layout, int64_t begin, int64_t end, double* tiles) {
   using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
-  constexpr bool direct = !std::is_same_v<S, float16>;
+  constexpr bool direct = std::is_same_v<S, T>;
   alignas(64) T loaded[block];
   for (int64_t at = begin; at < end; at += tile) {
     const int64_t n = end - at < tile ? end - at : tile;
