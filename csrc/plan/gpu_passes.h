@@ -40,10 +40,12 @@ class PassImage {
     }
     int64_t bits;
     std::memcpy(&bits, &number, sizeof bits);
-    return answers.gpu_pass({PyLong_FromSize_t(place), PyLong_FromLong(stream.device_index() < 0 ? 0 : stream.device_index()), parts.release().ptr(), PyLong_FromLongLong(first),
+    const int device = stream.device_index() < 0 ? 0 : stream.device_index();
+    void* const address = const_cast<int64_t*>(words.data());
+    return answers.gpu_pass({PyLong_FromSize_t(place), PyLong_FromLong(device), parts.release().ptr(), PyLong_FromLongLong(first),
                              PyLong_FromLongLong(table_at), PyLong_FromSize_t(words.size()), PyLong_FromLongLong(changed_from),
-                             PyLong_FromLongLong(changed_to), PyLong_FromLongLong(version), PyLong_FromVoidPtr(const_cast<int64_t*>(words.data())), PyLong_FromLongLong(bits),
-                             PyLong_FromLong(long(norm)), PyFloat_FromDouble(order)});
+                             PyLong_FromLongLong(changed_to), PyLong_FromLongLong(version), PyLong_FromVoidPtr(address),
+                             PyLong_FromLongLong(bits), PyLong_FromLong(long(norm)), PyFloat_FromDouble(order)});
   }
 
  private:
