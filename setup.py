@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"fastopt: setuptools {setuptools.__version__} is too old to build it; pip install 'setuptools>=77'")
 
+CSRC = os.path.abspath("csrc")  # ninja compiles in a folder of its own
 # Without torch, and with it.
 STEP, PLAN = sorted(glob("csrc/step/*.cpp")), sorted(glob("csrc/plan/*.cpp"))
 
@@ -136,7 +137,7 @@ def for_this_torch():
     extension = cpp_extension.CppExtension(
         name_for(version),
         STEP + PLAN,
-        include_dirs=["csrc"],
+        include_dirs=[CSRC],
         define_macros=[("FASTOPT_TORCH_VERSION", f'"{version}"')],
         extra_compile_args=COMPILE_ARGS,
         extra_link_args=OPENMP[1],
@@ -153,7 +154,7 @@ def for_many_torches(folders):
 
     class Build(build_ext):
         def build_extensions(self):
-            arguments = dict(output_dir=self.build_temp, include_dirs=["csrc"])
+            arguments = dict(output_dir=self.build_temp, include_dirs=[CSRC])
             step = self.compiler.compile(STEP, extra_postargs=[*COMPILE_ARGS, "-std=c++17", "-g0"], **arguments)
             for extension in self.extensions:
                 extension.extra_objects = step  # compiled once, linked into each
@@ -165,7 +166,7 @@ def for_many_torches(folders):
             name_for(folder.name),
             PLAN,
             language="c++",
-            include_dirs=["csrc", *(str(folder / "include" / sub) for sub in ("", "torch/csrc/api/include"))],
+            include_dirs=[CSRC, *(str(folder / "include" / sub) for sub in ("", "torch/csrc/api/include"))],
             library_dirs=[str(folder / "lib")],
             libraries=["c10", "torch_cpu", "torch_python"],
             define_macros=[
