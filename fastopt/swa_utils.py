@@ -116,8 +116,8 @@ class AveragedModel(torch_swa_utils.AveragedModel):
     def update_parameters(self, model: Module) -> None:
         """Takes the present parameters of ``model`` into the averages; the first time, copies them."""
         update = _MEAN if self.multi_avg_fn is None and self.avg_fn is None else self.multi_avg_fn
-        if isinstance(update, _Update) and self.n_averaged > 0 and _updated(update, self, model):
-            self.n_averaged += 1
+        if isinstance(update, _Update) and int(self.n_averaged) > 0 and _updated(update, self, model):
+            self.n_averaged.add_(1)
         else:
             super().update_parameters(model)
 
