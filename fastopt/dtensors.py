@@ -11,7 +11,7 @@ Only DTensors of one CPU mesh that are sharded or replicated. The rest is torch'
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -73,8 +73,7 @@ def _local_norm(tensors: list[Tensor], order: float) -> float | Tensor:
     if isinstance(norm, float):
         return norm
     norms = [torch.linalg.vector_norm(tensor, order, dtype=torch.float64) for tensor in tensors]
-    joined: Tensor = torch.linalg.vector_norm(torch.stack(norms), order)
-    return joined
+    return cast(Tensor, torch.linalg.vector_norm(torch.stack(norms), order))
 
 
 def replicated(norm: Any) -> Tensor | None:

@@ -126,8 +126,8 @@ class AveragedModel(torch_swa_utils.AveragedModel):
         """Takes the present parameters of ``model`` into the averages; the first time, copies them."""
         update = _MEAN if self.multi_avg_fn is None and self.avg_fn is None else self.multi_avg_fn
         take_in = getattr(update, "_take_in", None)
-        if take_in is not None and self.n_averaged > 0 and _took_in(take_in, self, model):
-            self.n_averaged += 1
+        if take_in is not None and int(self.n_averaged) > 0 and _took_in(take_in, self, model):
+            self.n_averaged.add_(1)
         else:
             super().update_parameters(model)
 
