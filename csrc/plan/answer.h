@@ -10,7 +10,6 @@
 #include <initializer_list>
 
 #include "plan/python.h"
-#include "step/image.h"
 
 namespace fastopt {
 

@@ -6,6 +6,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "plan/answer.h"
+#include "step/image.h"
 #include "step/isa.h"
 
 namespace fastopt {

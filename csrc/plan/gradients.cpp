@@ -1,3 +1,4 @@
+// Norms, clipping, averaging and zeroing: first the rows and the passes over them, then the functions of the module.
 #include "plan/gradients.h"
 
 #include <ATen/EmptyTensor.h>
@@ -157,8 +158,7 @@ namespace {
 class Call {
  public:
   explicit Call(const Answers& answers) : answers(answers) {
-    if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Outside{"a torch dispatch mode is active"};
-    if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) throw Outside{"a torch.func transform is active"};
+    refuse_modes();
     if (busy) own = std::make_unique<Rows>();     // another thread is in here, without the GIL
     else busy = true;
   }

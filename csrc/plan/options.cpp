@@ -1,3 +1,4 @@
+// Reading the numbers of a param group, and computing the scalars of a step from them.
 #include "plan/options.h"
 
 #include <new>

@@ -20,6 +20,12 @@ inline c10::DeviceType gpu_type = c10::kCUDA;
 
 inline c10::DeviceIndex index_of(c10::Device gpu) { return gpu.has_index() ? gpu.index() : c10::DeviceIndex(0); }
 
+// torch's own operations shall run where something wants to see them.
+inline void refuse_modes() {
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Outside{"a torch dispatch mode is active"};
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) throw Outside{"a torch.func transform is active"};
+}
+
 // ---- kinds
 
 inline const uint64_t plain_keys = (c10::DispatchKeySet(c10::DispatchKey::CPU) | c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) |

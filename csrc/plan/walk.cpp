@@ -7,15 +7,6 @@ namespace fastopt {
 
 int64_t Walk::checks = 0;
 
-namespace {
-
-void refuse_modes() {
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Outside{"a torch dispatch mode is active"};
-  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) throw Outside{"a torch.func transform is active"};
-}
-
-}  // namespace
-
 // ---- all of it
 
 void Walk::check(PyObject* self, PyObject* fresh, bool gpu_allowed) {

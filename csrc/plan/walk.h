@@ -41,8 +41,8 @@ class Walk {
 
   // Reads and checks everything. `fresh`: the list of parameters whose state was made for this step, or null. Raises, or throws Outside.
   void check(PyObject* self, PyObject* fresh, bool gpu_allowed);
-  // Whether everything is as `check` saw it, but for numbers and addresses, which are brought up to date. It calls nothing of Python's, so
-  // what dicts hold stays alive.
+  // Whether everything is as `check` saw it, but for numbers and addresses, which are brought up to date. Once it has the
+  // containers it runs no code of the user's, so what dicts hold stays alive.
   bool compare(PyObject* self);
   // What must not outlive the call.
   void release();

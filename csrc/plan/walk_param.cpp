@@ -267,7 +267,7 @@ int64_t Walk::layout_of(TensorImpl* const* operands) {
   return contiguous || same || param->numel() == 0 ? -1 : layouts.add(strides);
 }
 
-// ---- comparing: calls nothing of Python's, on any thread
+// ---- comparing: runs no code of the user's; on any thread, but for DTensors
 
 // Asks for the memory that compare_param will read: the objects of a parameter lie all over the heap.
 C10_ALWAYS_INLINE void Walk::prefetch(const SeenParam& own) const {

@@ -124,13 +124,13 @@ class Images {
         }
       image.current = true;
     }
-    for (size_t r = 0, row = 0; r < rows.size(); r++) {
+    for (size_t r = 0; r < rows.size(); r++) {
       Placed& place = placed[r];
       Image& image = images[place.image];
-      row = size_t(image.filled++);
+      const int64_t row = image.filled++;
       const bool entered = enter(image, place);
-      place.table_at = image.table_at + int64_t(row) * (4 + slots);
-      place.hypers_at = image.hypers_at + int64_t(row) * (1 + numbers);
+      place.table_at = image.table_at + row * (4 + slots);
+      place.hypers_at = image.hypers_at + row * (1 + numbers);
       place.numbers_at = image.numbers_at + (image.groups - 1) * numbers;
       if (entered && !image.kernel.capturable) image.scalars.push_back(place.scalars), put_scalars(image, image.scalars.size() - 1, all_scalars);
       put(image, place.table_at, rows[r].numel), put(image, place.table_at + 1, image.scalar_rows - 1);

@@ -1,6 +1,6 @@
 // Running rows with one instruction set: the list of the compiled instances, and a share of the work.
 //
-// isa*.cpp compile apply.h once each; plan/plan.cpp splits the work over torch's threads.
+// isa*.cpp compile apply.h once each; plan/threads.h splits the work over torch's threads.
 #pragma once
 #include "rows.h"
 
