@@ -3,7 +3,7 @@
 
 #include <map>
 
-#include "plan/gradients.h"
+#include "plan/after_backward.h"
 #include "plan/plan.h"
 #include "plan/threads.h"
 
@@ -64,7 +64,7 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&step)), METH_FASTCALL,
                            "step(optimizer, fresh=None): see csrc/plan/answer.h"};
 
-// A function of gradients.h, with the number of its arguments.
+// A function of after_backward.h, with the number of its arguments.
 template <PyObject* (*function)(const Answers&, PyObject* const*), Py_ssize_t expected>
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -77,7 +77,7 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 template <auto function, Py_ssize_t expected> PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<function, expected>)), METH_FASTCALL, "see csrc/plan/gradients.h"};
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<function, expected>)), METH_FASTCALL, "see csrc/plan/after_backward.h"};
 }
 PyMethodDef gradient_methods[] = {method<&clip_grad_norm, 4>("clip_grad_norm_"), method<&total_norm, 3>("total_norm"),
                                   method<&norm, 2>("norm"), method<&scale, 2>("scale_"),

@@ -186,13 +186,12 @@ Update find_direct(const Row& row) {
     if (!first && row.dtype[k] != state) return nullptr;
     state = row.dtype[k], first = 0;
   }
-  if (param == DType::f32 && state == DType::f32) return find_update<float, float, float>(row);
-  if (param == DType::f64 && state == DType::f64) return find_update<double, double, double>(row);
-  if (param == DType::bf16 && state == DType::bf16) return find_update<float, bfloat16, bfloat16>(row);
-  if (param == DType::bf16 && state == DType::f32) return find_update<float, bfloat16, float>(row);
-  if (param == DType::f16 && state == DType::f16) return find_update<float, float16, float16>(row);
-  if (param == DType::f16 && state == DType::f32) return find_update<float, float16, float>(row);
-  return nullptr;
+  if (!runs_directly(param, state)) return nullptr;
+  if (param == DType::f32) return find_update<float, float, float>(row);
+  if (param == DType::f64) return find_update<double, double, double>(row);
+  const bool wide_state = state != param;
+  if (param == DType::bf16) return wide_state ? find_update<float, bfloat16, float>(row) : find_update<float, bfloat16, bfloat16>(row);
+  return wide_state ? find_update<float, float16, float>(row) : find_update<float, float16, float16>(row);
 }
 
 template <class T> void apply_in_blocks(const Row& row, int64_t begin, int64_t end, DType compute) {

@@ -13,4 +13,7 @@ constexpr int64_t itemsize(DType dtype) { return dtype == DType::f64 ? 8 : dtype
 // Whether the arithmetic for a parameter of this dtype, and so its scalars, is fp64; else it is fp32.
 constexpr bool computes_in_f64(DType param) { return param == DType::f64; }
 
+// Whether an update runs on memory itself, all of a parameter's state being of one dtype; else on blocks that are converted (apply.h).
+constexpr bool runs_directly(DType param, DType state) { return state == param || (itemsize(param) == 2 && state == DType::f32); }
+
 }  // namespace fastopt

@@ -1,6 +1,6 @@
 // A row, which is the update of one tensor, and how the work of many rows is measured and cut into shares.
 //
-// plan/walk_param.cpp and plan/gradients.cpp fill rows from live tensors; isa.h runs them. What a row needs of torch is not in it.
+// plan/walk_param.cpp and plan/after_backward.cpp fill rows from live tensors; isa.h runs them. What a row needs of torch is not in it.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Norms, clipping, averaging and zeroing: first the rows and the passes over them, then the functions of the module.
-#include "plan/gradients.h"
+#include "plan/after_backward.h"
 
 #include <ATen/EmptyTensor.h>
 
