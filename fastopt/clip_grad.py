@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import clip_grad as torch_clip_grad
 
-from . import dtensors
+from . import clip_dtensors
 from .backends import _C, left_to_torch, on_gpu
 
 Tensors = Tensor | Iterable[Tensor]
@@ -72,7 +72,7 @@ def clip_grad_norm_(
         return answer
     if grads := _dtensor_grads(parameters, norm_type):
         norm = get_total_norm(grads, norm_type, error_if_nonfinite)
-        dtensors.scale_(grads, _factor(max_norm, cast(Any, norm)._local_tensor))
+        clip_dtensors.scale_(grads, _factor(max_norm, cast(Any, norm)._local_tensor))
         return norm
     arguments = parameters, max_norm, norm_type, error_if_nonfinite, foreach
     return cast(Tensor, left_to_torch(_torch_clip_grad_norm, answer, *arguments))
@@ -112,7 +112,7 @@ def get_total_norm(
     if type(answer) is Tensor:
         return answer
     if found := _dtensors(tensors, norm_type):
-        norm = dtensors.total_norm(found, float(norm_type))
+        norm = clip_dtensors.total_norm(found, float(norm_type))
         if error_if_nonfinite and not norm._local_tensor.isfinite():
             raise RuntimeError(
                 f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it "
@@ -148,10 +148,10 @@ def clip_grads_with_norm_(
     if is_dynamo_compiling() or _C is None:
         return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
     if type(total_norm) is not Tensor:
-        grads, norm = _dtensor_grads(parameters, 2.0), dtensors.replicated(total_norm)
+        grads, norm = _dtensor_grads(parameters, 2.0), clip_dtensors.replicated(total_norm)
         if not grads or norm is None:
             return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
-        dtensors.scale_(grads, _factor(max_norm, norm))
+        clip_dtensors.scale_(grads, _factor(max_norm, norm))
         return
     answer: Any
     if total_norm.device.type == _C.gpu_type():
@@ -199,7 +199,7 @@ def _factor(max_norm: float, total_norm: Tensor) -> float:
 def _dtensors(tensors: Any, norm_type: float) -> list[Any] | None:
     if float(norm_type) not in (1.0, 2.0, math.inf):
         return None
-    return dtensors.dtensors_of_one_mesh([tensors] if isinstance(tensors, Tensor) else tensors)
+    return clip_dtensors.dtensors_of_one_mesh([tensors] if isinstance(tensors, Tensor) else tensors)
 
 
 def _dtensor_grads(parameters: Any, norm_type: float) -> list[Any] | None:
