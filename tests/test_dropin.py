@@ -9,6 +9,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -416,14 +417,22 @@ def test_subclass_with_its_own_step(row):
     param = nn.Parameter(torch.ones(5))
     plain = nn.Parameter(torch.ones(5))
     optimizer, other = Halved([param], **row.plain), row.theirs([plain], foreach=False, **row.plain)
-    for _ in range(3):
-        param.grad = torch.ones(5)
-        plain.grad = torch.ones(5)
-        optimizer.step()
-        reference.step(other)
-        with torch.no_grad():
-            plain.mul_(0.5)
-        assert_same_bits(param.detach(), plain.detach())
+    assert isinstance(optimizer, row.theirs) and isinstance(optimizer, torch.optim.Optimizer)
+    schedulers = [
+        lr_scheduler.OneCycleLR(it, max_lr=1.0, total_steps=9, cycle_momentum=False) for it in (optimizer, other)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            param.grad = torch.ones(5)
+            plain.grad = torch.ones(5)
+            optimizer.step()
+            reference.step(other)
+            with torch.no_grad():
+                plain.mul_(0.5)
+            assert_same_bits(param.detach(), plain.detach())
+            for scheduler in schedulers:
+                scheduler.step()
     with torch.profiler.profile() as profile:
         optimizer.step()
     ranges = [event.key for event in profile.key_averages() if event.key.startswith("Optimizer.step#")]
