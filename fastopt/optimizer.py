@@ -10,6 +10,7 @@ tensor of a floating dtype.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -22,6 +23,18 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
 from .backends import _C, torch_steps
+from .extras import (
+    EMA,
+    Extras,
+    GradNorm,
+    Options,
+    Scaler,
+    average,
+    average_all,
+    average_of,
+    copy_averages,
+    is_first_average,
+)
 
 Group = dict[str, Any]
 Closure = Callable[[], Any]
@@ -95,10 +108,21 @@ class FusedStep(_Base):
     _fastopt_plan: Any = None  # made by the extension at the first step; like _fastopt_gpu, never pickled or copied
     _fastopt_gpu: Any = None
     _fastopt_unscales: bool = False
+    _fastopt_options: Options | None = None
 
     if not TYPE_CHECKING:  # for a subclass's super(Adam, self).__init__(params, defaults), which is not torch's Adam's
         __init__ = Optimizer.__init__
         __setstate__ = Optimizer.__setstate__
+
+    grad_norm = GradNorm()
+    grad_scale, found_inf = Scaler(), Scaler()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if self._fastopt_options is not None:
+            state["_fastopt_options"] = self._fastopt_options
+            state |= {name: getattr(self, name) for name in self._fastopt_options.given}
+        return state
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -214,7 +238,7 @@ def _step_if_unwatched(self: Any, closure: Closure | None = None) -> Any:
         or _watched()
     ):
         return _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
-    if closure is not None or self._fastopt_gpu is not None:
+    if closure is not None or self._fastopt_gpu is not None or self._fastopt_options is not None:
         return _step(self, closure)
     answer = _C.step(self)  # what `_step` would do, without the call; DONE is empty
     return _follow(self, answer) if answer else None
@@ -223,18 +247,36 @@ def _step_if_unwatched(self: Any, closure: Closure | None = None) -> Any:
 def drop_in(cls: type[Class]) -> type[Class]:
     """Gives a class the constructor and the `__setstate__` of torch's of the same name as its own.
 
-    But for what the constructor says with ``fused=True``: that the step unscales gradients.
+    But for what the constructor says with ``fused=True``, that the step unscales gradients, and for the options that
+    torch does not have.
     """
     torchs: Any = getattr(torch.optim, cls.__name__)
     init = torchs.__init__
 
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self: Any,
+        *args: Any,
+        max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         said_by_subclass = self._step_supports_amp_scaling
+        options = Options(error_if_nonfinite, max_grad_norm=max_grad_norm, ema_decay=ema_decay)
         init(self, *args, **kwargs)
+        if options.given:
+            self._fastopt_options = options
+            for name, value in options.given.items():
+                setattr(self, name, value)
         if self._step_supports_amp_scaling != said_by_subclass:
             self._step_supports_amp_scaling = said_by_subclass
 
+    signature, parameters = inspect.signature(init), inspect.signature(__init__).parameters.values()
+    own = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    functools.update_wrapper(__init__, init)
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *own]
+    )
     cls.__init__ = __init__  # type: ignore[method-assign]
     cls.__setstate__ = torchs.__setstate__  # type: ignore[method-assign]
     return cls
@@ -247,15 +289,26 @@ def _step(self: Any, closure: Closure | None) -> Any:
             loss = closure()
     if self._fastopt_gpu is not None:
         self._fastopt_gpu.begin(self)
-    if answer := _C.step(self):
-        _follow(self, answer)
+    if self._fastopt_options is None:
+        if answer := _C.step(self):
+            _follow(self, answer)
+    elif (extras := self._fastopt_options.of_step(self)) is not None:
+        _step_with(extras, self)
     return loss
 
 
-def _follow(self: Any, answer: Answer) -> None:
+def _step_with(extras: Extras, self: Any) -> None:
+    if answer := _C.step(self, None, extras):
+        _follow(self, answer, extras)
+    if extras.ema_decay is not None and (others := _C.without_gradient(self)):
+        average(self, [param for param in others if EMA in self.state.get(param, ())], extras.ema_decay)
+
+
+def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
     """Does what the plan could not: launches, new state, GPU kernels and buffers, torch's own step for a reason."""
     made: list[tuple[Tensor, dict[str, Any] | None]] = []  # parameters and what their state was before
-    fresh: list[Tensor] = []  # the same parameters, until the plan writes
+    first = False  # whether running averages begin
+    fresh: list[Tensor | None] = []  # those of them whose slots were made, and a None; until the plan writes
     try:
         while isinstance(answer, (_C.Missing, _C.Wants)):
             if isinstance(answer, _C.Wants):
@@ -263,19 +316,32 @@ def _follow(self: Any, answer: Answer) -> None:
             elif made:
                 raise RuntimeError("state could not be made for a parameter: its step count must be a number")
             else:
-                fresh = list(dict.fromkeys(param for _, param in answer.params))
-                made = [(param, dict(self.state[param]) if param in self.state else None) for param in fresh]
-                _make_state(self, answer.params)
-            answer = _C.step(self, fresh)
+                first = extras is not None and extras.ema_decay is not None and is_first_average(self)
+                params = dict.fromkeys(param for _, param in answer.params)
+                made = [(param, dict(self.state[param]) if param in self.state else None) for param in params]
+                fresh = [None]
+                fresh += _make_state(self, answer.params, extras)
+            answer = _C.step(self, fresh, extras)
     except BaseException:
         if fresh:
             _unmake_state(self, made)
         raise
     if isinstance(answer, _C.LeftToTorch):
         _unmake_state(self, made)  # torch makes its own
-        _torchs_step(self, answer.reason)
-    elif isinstance(answer, _C.Launches):
+        if extras is None:
+            _torchs_step(self, answer.reason)
+        elif extras.max_norm is None and extras.inverse_scale is None:
+            first = is_first_average(self)
+            _torchs_step(self, answer.reason)
+            if extras.ema_decay is not None:
+                average_all(self, extras.ema_decay, first)
+        else:
+            self._fastopt_options.aside(self, answer.reason, extras, _step_with)
+        return
+    if isinstance(answer, _C.Launches):
         self._fastopt_gpu.run(self, answer.launches)
+    if first:
+        copy_averages(self, [param for param, _ in made])
 
 
 def _prepare_gpu(self: Any, wants: tuple[Want, ...]) -> None:
@@ -317,8 +383,12 @@ def _torchs_step(self: Any, reason: str) -> None:
 
 @_disable_dynamo
 @torch.no_grad()
-def _make_state(self: Any, missing: list[tuple[Group, Tensor]]) -> None:
-    """Makes the state of parameters at their first step, or a step count that was a number or elsewhere."""
+def _make_state(self: Any, missing: list[tuple[Group, Tensor]], extras: Extras | None) -> list[Tensor]:
+    """Makes the state of parameters at their first step, or what it lacks: a step count that can be read, an average.
+
+    Returns the parameters whose slots were made.
+    """
+    fresh = []
     if any(param.device.type == "cuda" for _, param in missing) and torch.cuda.is_current_stream_capturing():
         from .gpu import NOT_WARM
 
@@ -329,7 +399,12 @@ def _make_state(self: Any, missing: list[tuple[Group, Tensor]]) -> None:
             state["step"] = _step_count(float(state["step"]), group, param)
         else:
             new = _new_state(self, group, param)
-            state.update({name: value for name, value in new.items() if state.get(name) is None})
+            made = {name: value for name, value in new.items() if state.get(name) is None}
+            state.update(made)
+            fresh += [param] if made else []
+        if extras is not None and extras.ema_decay is not None and state.get(EMA) is None:
+            state[EMA] = average_of(param)
+    return fresh
 
 
 def _new_state(self: Any, group: Group, param: Tensor) -> dict[str, Tensor]:

@@ -44,6 +44,11 @@ class SGD(FusedStep, torch.optim.SGD):
         maximize: ascend instead of descend. Default False.
         foreach, fused: as in torch.optim; the fused step runs whatever they say. Default None.
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
+        max_grad_norm: clips the norm of all gradients together to this number, > 0, inside the step. ``.grad`` stays
+            as it is. May be changed between steps. Default None: no clipping.
+        error_if_nonfinite: refuse a step that clips and whose norm is NaN or infinite. Default False.
+        ema_decay: keep a running average of every parameter, ``state[param]["ema"]``, updated inside the step: how much
+            of it is kept, in [0, 1]. May be changed between steps. Default None: no average.
 
     Differs from torch.optim.SGD: bfloat16 and float16 parameters are stepped in float32 and rounded once;
     loaded state keeps its dtype (not float64); ``foreach`` and ``fused`` choose nothing.

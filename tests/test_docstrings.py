@@ -13,6 +13,8 @@ import torch
 
 import fastopt
 
+from .optimizers import OWN_OPTIONS
+
 ROOT = Path(__file__).parent.parent
 FAQ = (ROOT / "docs" / "faq.md").read_text()
 WITH_TRITON = ("gpu", "gpu_passes")
@@ -36,6 +38,7 @@ def test_a_docstring_names_every_argument_with_its_default(name):
     cls = operator.attrgetter(name)(fastopt)
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer):
         options = {"params": None, **cls([torch.nn.Parameter(torch.ones(1))]).defaults}
+        options |= OWN_OPTIONS
         if name == "AdamW":
             del options["decoupled_weight_decay"]  # no argument of its constructor
     else:
@@ -99,7 +102,11 @@ def plain(text):
     return re.sub(r"[`'\"\s]+", " ", text)
 
 
-INTERNAL = {"no update named", "step(optimizer, fresh)"}  # only a mistake in this library shows them
+INTERNAL = {
+    "no update named",
+    "step(optimizer, fresh, extras)",
+    "extras are a tuple of",
+}  # only a mistake in this library shows them
 
 
 def messages():

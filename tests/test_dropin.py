@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from . import reference
-from .optimizers import ROWS
+from .optimizers import OWN_OPTIONS, ROWS
 from .reference import assert_same_bits, snapshot
 from .scenarios import backward, same_as_torch, small_model, train
 
@@ -221,9 +221,10 @@ def test_repr(row):
 
 @every_row
 def test_signature_and_help(row):
-    """Arguments, order and defaults are torch's; the help is of the class, not of the mixin."""
+    """Arguments, order and defaults are torch's, then come ours; the help is of the class, not of the mixin."""
     ours, theirs = (inspect.signature(cls).parameters.values() for cls in (row.ours, row.theirs))
-    assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs]
+    own = [(name, default, inspect.Parameter.KEYWORD_ONLY) for name, default in OWN_OPTIONS.items()]
+    assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs] + own
     described = inspect.getdoc(row.ours)
     assert "Args:" in described and ">>>" in described and "Mixin" not in described
     assert all(parameter.name in described for parameter in ours)

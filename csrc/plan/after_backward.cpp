@@ -1,12 +1,10 @@
 // Norms, clipping, averaging and zeroing: first the rows and the passes over them, then the functions of the module.
 #include "plan/after_backward.h"
 
-#include <ATen/EmptyTensor.h>
-
-#include <cmath>
 #include <memory>
 
 #include "plan/gpu_passes.h"
+#include "plan/norm.h"
 #include "plan/threads.h"
 #include "step/passes.h"
 
@@ -79,9 +77,7 @@ double Rows::norm(Norm norm) {
   if (rows.empty()) return 0;
   numbers.resize(tiles);
   without_gil([&] { share_reading(*isa, norm, rows.data(), ends.data(), firsts.data(), rows.size(), numbers.data()); });
-  double total = 0;
-  for (const double number : numbers) total = norm == Norm::largest ? (total != total || total > number ? total : number) : total + number;
-  return norm == Norm::squares ? std::sqrt(total) : total;
+  return total(norm, numbers);
 }
 
 PyObject* Rows::for_gpu(const Answers& answers, double number, Norm norm, double order) {
@@ -94,7 +90,7 @@ PyObject* Rows::for_gpu(const Answers& answers, double number, Norm norm, double
 }
 
 void Rows::run_rows(size_t pass, const AnyScalars (&scalars)[dtype_count]) {
-  for (Row& row : rows) row.algorithm = uint8_t(std::tuple_size_v<Algorithms> + pass), row.scalars = &scalars[int(row.dtype[0])];
+  for (Row& row : rows) row.algorithm = uint8_t(pass), row.scalars = &scalars[int(row.dtype[0])];
   for (TensorImpl* t : written) t->bump_version();
   const bool in_turn = extents.overlap();
   without_gil([&] {
@@ -107,12 +103,6 @@ void Rows::run_rows(size_t pass, const AnyScalars (&scalars)[dtype_count]) {
 }
 
 namespace {
-
-template <class Pass, class... Of> constexpr size_t place_of(std::tuple<Of...>*) {
-  size_t place = 0;
-  ((std::is_same_v<Pass, Of> ? false : (place++, true)) && ...);
-  return place;
-}
 
 // A number as a dtype holds it: the limits of torch.clamp are.
 double rounded_to(DType dtype, double number) {
@@ -132,7 +122,7 @@ template <class Pass> void Rows::run(double number) {
     if (computes_in_f64(DType(d))) new (&scalars[d]) typename Pass::template Scalars<double>{double(own)};
     else new (&scalars[d]) typename Pass::template Scalars<float>{float(own)};
   }
-  run_rows(place_of<Pass>(static_cast<Passes*>(nullptr)), scalars);
+  run_rows(pass_at<Pass>, scalars);
 }
 
 void Rows::zero() {
@@ -207,25 +197,6 @@ double as_number(PyObject* object) {
   return PyFloat_AS_DOUBLE(number.ptr());
 }
 
-// Memory for a number. torch's own allocator aligns to cache lines, which takes malloc as long as the norm of a few scalars.
-struct NumberAllocator final : c10::Allocator {
-  c10::DataPtr allocate(size_t bytes) override {
-    void* memory = ::operator new(bytes);
-    return {memory, memory, raw_deleter(), c10::Device(c10::kCPU)};
-  }
-  c10::DeleterFnPtr raw_deleter() const override { return [](void* memory) { ::operator delete(memory); }; }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
-};
-
-// A 0-dim tensor as torch's: fp64 if some gradient is, else fp32.
-at::Tensor scalar_tensor(double value, bool f64) {
-  static NumberAllocator allocator;
-  at::Tensor made = at::detail::empty_generic({}, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), f64 ? at::kDouble : at::kFloat, std::nullopt);
-  if (f64) *static_cast<double*>(made.mutable_data_ptr()) = value;
-  else *static_cast<float*>(made.mutable_data_ptr()) = float(value);
-  return made;
-}
-
 Norm norm_of(double order, const Rows& rows) {
   if (order != 2 && order != 1 && order != INFINITY) throw Outside{"a norm other than 1, 2 and inf"};
   if (order == INFINITY && rows.any_empty()) throw Outside{"an empty tensor has no largest element"};
@@ -238,16 +209,8 @@ at::Tensor norm_of_rows(Rows& rows, double order, bool error_if_nonfinite, doubl
   const bool f64 = rows.has(DType::f64) || (rows.empty() && c10::get_default_dtype_as_scalartype() == at::kDouble);   // torch.tensor(0.0)
   value = rows.norm(norm);
   if (!f64) value = float(value);
-  if (error_if_nonfinite && !std::isfinite(value))
-    raise(PyExc_RuntimeError, c10::str("The total norm of order ", py::cast<std::string>(py::repr(py::float_(order))), " for gradients from `parameters` is non-finite, so it "
-          "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"));
+  if (error_if_nonfinite && !std::isfinite(value)) raise_nonfinite(order);
   return scalar_tensor(value, f64);
-}
-
-// max_norm / (norm + 1e-6), at most 1, as torch computes it with 0-dim tensors: a reciprocal and a product.
-template <class T> double coefficient(double max_norm, T norm) {
-  const T coefficient = T(1) / (norm + T(1e-6)) * T(max_norm);
-  return coefficient > 1 ? 1 : coefficient;
 }
 
 }  // namespace
@@ -262,7 +225,7 @@ PyObject* clip_grad_norm(const Answers& answers, PyObject* const* args) {
   if (rows.on_gpu()) return rows.for_gpu(answers, max_norm, norm_of(order, rows), order);
   double value;
   at::Tensor norm = norm_of_rows(rows, order, error_if_nonfinite, value);
-  const double factor = rows.has(DType::f64) ? coefficient<double>(max_norm, value) : coefficient<float>(max_norm, float(value));
+  const double factor = clip_coefficient(max_norm, value, rows.has(DType::f64));
   if (factor != 1) rows.run<Scale>(factor);
   return THPVariable_Wrap(std::move(norm));
 }

@@ -56,13 +56,16 @@ Plan& plan_in(const py::object& found) { return *reinterpret_cast<PlanObject*>(f
 
 PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count < 1 || count > 2 || (count == 2 && !PyList_Check(args[1]))) raise(PyExc_TypeError, "step(optimizer, fresh)");
+  auto optional = [&](Py_ssize_t at) { return count > at && args[at] != Py_None ? args[at] : nullptr; };
+  PyObject* const fresh = optional(1);
+  if (count < 1 || count > 3 || (fresh && !PyList_Check(fresh))) raise(PyExc_TypeError, "step(optimizer, fresh, extras)");
+  const Extras extras(optional(2));
   const py::object plan = plan_of(args[0]);       // held: the user's code may drop the optimizer's
-  return plan_in(plan).step(args[0], count == 2 ? args[1] : nullptr, *answers).release().ptr();
+  return plan_in(plan).step(args[0], fresh, extras, *answers).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&step)), METH_FASTCALL,
-                           "step(optimizer, fresh=None): see csrc/plan/answer.h"};
+                           "step(optimizer, fresh=None, extras=None): see csrc/plan/answer.h and fastopt/extras.py"};
 
 // A function of after_backward.h, with the number of its arguments.
 template <PyObject* (*function)(const Answers&, PyObject* const*), Py_ssize_t expected>
@@ -133,6 +136,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     plan_in(plan_of(optimizer.ptr())).set_buffer(image, words, address);
   });
   m.def("take_back", [](py::object optimizer, size_t image) { plan_in(plan_of(optimizer.ptr())).take_back(image); });
+  m.def("without_gradient", [](py::object optimizer) { return plan_in(plan_of(optimizer.ptr())).without_gradient(); });
+  m.def("grad_norm", [](py::object optimizer) {
+    at::Tensor norm = plan_in(plan_of(optimizer.ptr())).grad_norm();
+    return norm.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(norm))) : py::none();
+  });
   m.def("counters", [] { return std::map<std::string, int64_t>{{"allocations", allocations}, {"checks", Walk::checks}}; });
   m.def("algorithms", [] {
     std::map<std::string, std::vector<std::string>> slots;

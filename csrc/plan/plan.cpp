@@ -7,11 +7,11 @@
 
 namespace fastopt {
 
-py::object Plan::step(PyObject* self, PyObject* fresh, const Answers& answers) {
+py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, const Answers& answers) {
   if (busy) {                                     // another thread is in here, running kernels without the GIL; or the user's code
     Plan other(algorithm);
     other.temporary = true;
-    return other.step(self, fresh, answers);
+    return other.step(self, fresh, extras, answers);
   }
   struct Call {
     Plan& plan;
@@ -20,12 +20,13 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Answers& answers) {
   } call(*this);
 
   const bool comparing = kept && !fresh;
-  kept = false;                                   // until this step is done
+  kept = done = false;                            // until this step is done
   bool as_before = false, in_turn = false;
   try {
     ask_class(self);
-    as_before = comparing && walk.compare(self);
-    if (!as_before) in_turn = check(self, fresh);
+    as_before = comparing && walk.compare(self, extras.state());
+    if (!as_before) in_turn = check(self, fresh, extras.state());
+    if (extras.scales() && !walk.has_all_gradients()) throw Outside{"a norm of gradients on a GPU or in DTensors"};
   } catch (const Outside& outside) {
     return answers.left_to_torch({PyUnicode_FromString(outside.reason)});
   }
@@ -35,11 +36,12 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Answers& answers) {
     walk.images.lay_out(walk.gpu.rows, walk.gpu.placed);
     if (py::object wanted = wants(answers)) return wanted;
   }
+  const Stages stages = read_gradients(extras);
   if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();   // from here on, it is written
   walk.bump_dtensors();
   if (!walk.gpu.rows.empty()) fill_images(fit), count_steps(walk.gpu, as_before);   // first: rows of the CPU may run without the GIL
-  if (!walk.cpu.rows.empty()) count_steps(walk.cpu, as_before), run_rows(in_turn);
-  kept = walk.comparable && !in_turn;
+  if (!walk.cpu.rows.empty()) count_steps(walk.cpu, as_before), run_rows(in_turn, stages);
+  kept = walk.comparable && !in_turn, done = true;
   return walk.gpu.rows.empty() ? py::reinterpret_borrow<py::object>(answers.DONE) : launches(answers);
 }
 
@@ -56,8 +58,8 @@ void Plan::ask_class(PyObject* self) {
 }
 
 // Everything anew. Whether the rows must be stepped in turn, since parameters share memory.
-bool Plan::check(PyObject* self, PyObject* fresh) {
-  walk.check(self, fresh, !temporary);
+bool Plan::check(PyObject* self, PyObject* fresh, unsigned extra_state) {
+  walk.check(self, fresh, extra_state, !temporary);
   if (walk.missing) return false;
   const bool in_turn = walk.extents.overlap();
   if (in_turn && !walk.gpu.rows.empty()) throw Outside{"on a GPU, parameters share memory"};
@@ -65,6 +67,37 @@ bool Plan::check(PyObject* self, PyObject* fresh) {
   if (in_turn) count_repeated_steps();
   point_rows(in_turn);
   return in_turn;
+}
+
+// The gradient pass, after all checks and before anything is written: one read of all gradients, if a norm is wanted. What there is to
+// do beside the update.
+Stages Plan::read_gradients(const Extras& extras) {
+  Stages stages;
+  stages.averages = extras.averages, stages.average_weight = 1 - extras.ema_decay;
+  if (extras.unscales) stages.factor[stages.factors++] = extras.inverse_scale;
+  if (!extras.clips) return stages;
+  const Vec<Row>& rows = walk.cpu.rows;
+  firsts.clear(), read_ends.clear();
+  size_t count = 0;
+  int64_t work = 0;
+  bool f64 = false;
+  for (const Row& row : rows) {
+    firsts.push_back(count), count += size_t(tiles_of(row));
+    read_ends.push_back(work += row.numel + row_cost);
+    f64 |= row.dtype[1] == DType::f64;
+  }
+  double value = extras.norm;
+  if (!extras.norm_known) {
+    tiles.resize(count);
+    if (count) share_reading(*isa, fastopt::Norm::squares, rows.data(), read_ends.data(), firsts.data(), rows.size(), tiles.data(), stages);
+    value = total(fastopt::Norm::squares, tiles);
+  }
+  if (!f64) value = float(value);
+  if (extras.error_if_nonfinite && !std::isfinite(value)) raise_nonfinite(2);
+  norm = {true, f64, value};
+  const double coefficient = clip_coefficient(extras.max_norm, value, f64);
+  if (coefficient != 1) stages.factor[stages.factors++] = coefficient;
+  return stages;
 }
 
 // A parameter listed twice is stepped twice: its second row is one step further.
@@ -102,8 +135,8 @@ void Plan::count_steps(const Batch& batch, bool as_before) {
     for (size_t r = end; r-- > begin;) {
       const Written& w = batch.written[r];
       w.param->bump_version();
-      for (int k = 0; k < algorithm.slots; k++)
-        if (w.slots[k]) w.slots[k]->bump_version();
+      for (TensorImpl* tensor : w.state)
+        if (tensor) tensor->bump_version();
       if (!w.step) continue;
       if (w.count) w.count_f64 ? raise_to(static_cast<double*>(w.count), w.t) : raise_to(static_cast<float*>(w.count), w.t);
       w.step->bump_version();
@@ -113,17 +146,17 @@ void Plan::count_steps(const Batch& batch, bool as_before) {
   else count(0, batch.written.size());
 }
 
-void Plan::run_rows(bool in_turn) {
+void Plan::run_rows(bool in_turn, const Stages& stages) {
   const Vec<Row>& rows = walk.cpu.rows;
   auto run_all = [&] {
-    if (!in_turn) return share_rows(*isa, rows.data(), ends.data(), rows.size());
-    for (size_t r = 0; r < rows.size(); r++) share_rows(*isa, &rows[r], &ends[r], 1);
+    if (!in_turn) return share_rows(*isa, rows.data(), ends.data(), rows.size(), stages);
+    for (size_t r = 0; r < rows.size(); r++) share_rows(*isa, &rows[r], &ends[r], 1, stages);
   };
   if (walk.work < release_gil) return run_all();
   for (const Written& w : walk.cpu.written) {     // other threads may drop them meanwhile
     alive.push_back(w.param->unsafe_storage()), alive.push_back(w.grad->unsafe_storage());
-    for (const TensorImpl* slot : w.slots)
-      if (slot) alive.push_back(slot->unsafe_storage());
+    for (const TensorImpl* tensor : w.state)
+      if (tensor) alive.push_back(tensor->unsafe_storage());
   }
   py::gil_scoped_release released;
   run_all();
@@ -171,6 +204,12 @@ py::object Plan::launches(const Answers& answers) {
   }
   if (launches.empty()) return py::reinterpret_borrow<py::object>(answers.DONE);
   return answers.launches({PyList_AsTuple(launches.ptr())});
+}
+
+py::list Plan::without_gradient() const {
+  py::list params;
+  if (done) walk.for_each_without_gradient([&](PyObject* param) { params.append(py::handle(param)); });
+  return params;
 }
 
 void Plan::take_back(size_t image) {

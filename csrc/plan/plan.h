@@ -1,6 +1,8 @@
 // The plan of an optimizer: what it keeps from step to step, and the step itself.
 #pragma once
 #include "plan/answer.h"
+#include "plan/extras.h"
+#include "plan/norm.h"
 #include "plan/walk.h"
 
 namespace fastopt {
@@ -8,8 +10,13 @@ namespace fastopt {
 class Plan {
  public:
   explicit Plan(const Algorithm& algorithm) : algorithm(algorithm), walk(algorithm) {}
-  // One step of the optimizer; `fresh`: the list of parameters whose state was made for it, emptied before anything is written, or null.
-  py::object step(PyObject* self, PyObject* fresh, const Answers& answers);
+  // One step of the optimizer; `fresh`: a list with the parameters whose slots were made for it, emptied before anything is written, or
+  // null.
+  py::object step(PyObject* self, PyObject* fresh, const Extras& extras, const Answers& answers);
+  // The norm of all gradients at the last step that clipped, before clipping; undefined if there was none.
+  at::Tensor grad_norm() const { return norm.known ? scalar_tensor(norm.value, norm.f64) : at::Tensor(); }
+  // The parameters that the last step left out, or nothing if it was not done.
+  py::list without_gradient() const;
   // A buffer on the device was made for an image.
   void set_buffer(size_t image, int64_t words, int64_t address) { walk.images.at(image).set_buffer(words, address); }
   // The launch of an image failed: its step counts are what they were.
@@ -17,11 +24,12 @@ class Plan {
 
  private:
   void ask_class(PyObject* self);
-  bool check(PyObject* self, PyObject* fresh);
+  bool check(PyObject* self, PyObject* fresh, unsigned extra_state);
+  Stages read_gradients(const Extras& extras);
   void count_repeated_steps();
   void count_steps(const Batch& batch, bool as_before);
   void point_rows(bool in_turn);
-  void run_rows(bool in_turn);
+  void run_rows(bool in_turn, const Stages& stages);
   void fill_images(bool fit);
   py::object wants(const Answers& answers);
   py::object launches(const Answers& answers);
@@ -34,7 +42,15 @@ class Plan {
   py::object torchs_step_because;                 // what it said: a str or None
   bool busy = false;                              // a step is under way, perhaps without the GIL
   bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
+  bool done = false;                              // whether the last step was
   bool kept = false;                              // whether what the walk saw is there to be compared
+  struct Norm {
+    bool known = false, f64;
+    double value;
+  } norm;
+  Vec<size_t> firsts;                             // of the gradient pass: where the tiles of each CPU row begin,
+  Vec<int64_t> read_ends;                         // and its work ends, also where rows are stepped in turn,
+  Vec<double> tiles;                              // and the number that it left of each tile
   Vec<c10::Storage> alive;                        // of a step that runs without the GIL
   Vec<c10::Storage> counted;                      // the step counts that take_back may have to write
 };

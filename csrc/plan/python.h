@@ -24,7 +24,8 @@ inline PyObject *const param_groups = interned("param_groups"), *const params = 
                 *const step = interned("step"), *const capturable = interned("capturable"), *const differentiable = interned("differentiable"),
                 *const plan = interned("_fastopt_plan"), *const fastopt = interned("_fastopt"), *const update = interned("update"),
                 *const torchs_step_because = interned("torchs_step_because"), *const keys = interned("keys"), *const grad = interned("grad"),
-                *const torch_function = interned("__torch_function__"), *const mesh = interned("mesh"), *const placements = interned("placements");
+                *const torch_function = interned("__torch_function__"), *const mesh = interned("mesh"), *const placements = interned("placements"),
+                *const ema = interned("ema");
 }
 
 // May run code of the user's.

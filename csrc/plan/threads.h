@@ -20,15 +20,16 @@ template <class F> void share_params(int64_t work, size_t count, F f) {
 }
 
 // The rows, each with its update; or the reading pass over them (see step/isa.h).
-inline void share_rows(const Isa& isa, const Row* rows, const int64_t* ends, size_t count) {
+inline void share_rows(const Isa& isa, const Row* rows, const int64_t* ends, size_t count, const Stages& stages = {}) {
   const int64_t total = ends[count - 1];
-  auto run_share = [&](int64_t begin, int64_t end) { run(isa, rows, ends, count, begin, end); };
+  auto run_share = [&](int64_t begin, int64_t end) { run(isa, rows, ends, count, begin, end, stages); };
   if (total <= grain) run_share(0, total);
   else at::parallel_for(0, total, grain, run_share);
 }
-inline void share_reading(const Isa& isa, Norm norm, const Row* rows, const int64_t* ends, const size_t* firsts, size_t count, double* tiles) {
+inline void share_reading(const Isa& isa, Norm norm, const Row* rows, const int64_t* ends, const size_t* firsts, size_t count, double* tiles,
+                          const Stages& stages = {}) {
   const int64_t total = ends[count - 1];
-  auto read_share = [&](int64_t begin, int64_t end) { read(isa, norm, rows, ends, firsts, count, begin, end, tiles); };
+  auto read_share = [&](int64_t begin, int64_t end) { read(isa, norm, rows, ends, firsts, count, begin, end, tiles, stages); };
   if (total <= grain) read_share(0, total);
   else at::parallel_for(0, total, grain, read_share);
 }

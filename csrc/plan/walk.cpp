@@ -9,9 +9,10 @@ int64_t Walk::checks = 0;
 
 // ---- all of it
 
-void Walk::check(PyObject* self, PyObject* fresh, bool gpu_allowed) {
+void Walk::check(PyObject* self, PyObject* fresh, unsigned extra_state, bool gpu_allowed) {
   checks++;
   clear();
+  extra = extra_state;
   refuse_modes();
   read(self, fresh);
   const char* reason = nullptr;
@@ -25,8 +26,8 @@ void Walk::check(PyObject* self, PyObject* fresh, bool gpu_allowed) {
   layouts.finish();
 }
 
-bool Walk::compare(PyObject* self) {
-  if (seen_gpu_type != gpu_type) return false;
+bool Walk::compare(PyObject* self, unsigned extra_state) {
+  if (seen_gpu_type != gpu_type || extra != extra_state) return false;
   refuse_modes();
   const py::object groups_object = attribute(self, names::param_groups), state_object = attribute(self, names::state);
   PyObject* param_groups = groups_object.ptr();
@@ -68,8 +69,8 @@ void Walk::bump_dtensors() const {
   for (const SeenParam& own : seen) {
     if (own.specs < 0 || !own.has_grad) continue;
     impl_of(own.object)->bump_version();
-    for (PyObject* slot : own.slots)
-      if (slot) impl_of(slot)->bump_version();
+    for (PyObject* tensor : own.state)
+      if (tensor) impl_of(tensor)->bump_version();
   }
 }
 
@@ -95,7 +96,8 @@ void Walk::read(PyObject* self, PyObject* fresh) {
   state_changes_seen = 0;
   Reader state_reader(state);
   if (fresh && !algorithm.has_step) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(fresh); i++) fresh_params.push_back(hold(PyList_GET_ITEM(fresh, i)));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(fresh); i++)
+      if (PyObject* param = PyList_GET_ITEM(fresh, i); param != Py_None) fresh_params.push_back(hold(param));
     std::sort(fresh_params.begin(), fresh_params.end());
   }
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); g++) read_group(hold(PyList_GET_ITEM(param_groups, g)), size_t(g), state_reader);

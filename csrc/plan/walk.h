@@ -17,7 +17,7 @@ namespace fastopt {
 
 // What a row writes besides its elements.
 struct Written {
-  TensorImpl *param, *grad, *slots[max_slots], *step;
+  TensorImpl *param, *grad, *state[max_state], *step;
   void* count;                                    // the step count in memory, a double or a float; null if it is on a GPU or there is none
   bool count_f64;
   double t;                                       // what it shall be
@@ -39,15 +39,22 @@ class Walk {
   explicit Walk(const Algorithm& algorithm) : options(algorithm), images(algorithm.slots, algorithm.numbers, algorithm.scalars), algorithm(algorithm) {}
   ~Walk() { release(); }
 
-  // Reads and checks everything. `fresh`: the list of parameters whose state was made for this step, or null. Raises, or throws Outside.
-  void check(PyObject* self, PyObject* fresh, bool gpu_allowed);
+  // Reads and checks everything. `fresh`: a list with the parameters whose slots were made for this step, or null; `extra`: the state
+  // that it takes beside the algorithm's slots, a bit mask. Raises, or throws Outside.
+  void check(PyObject* self, PyObject* fresh, unsigned extra, bool gpu_allowed);
   // Whether everything is as `check` saw it, but for numbers and addresses, which are brought up to date. Once it has the
   // containers it runs no code of the user's, so what dicts hold stays alive.
-  bool compare(PyObject* self);
+  bool compare(PyObject* self, unsigned extra);
   // What must not outlive the call.
   void release();
   // Tells autograd that DTensors change, of which the rows have the local tensors.
   void bump_dtensors() const;
+  template <class F> void for_each_without_gradient(F f) const {
+    for (const SeenParam& own : seen)
+      if (!own.has_grad) f(own.object);
+  }
+  // Whether the rows of the CPU have all gradients, whole.
+  bool has_all_gradients() const { return gpu.rows.empty() && specs.empty(); }
   // Whether state was made for this step, of an algorithm without step count.
   bool any_fresh() const { return !fresh_params.empty(); }
 
@@ -74,11 +81,11 @@ class Walk {
     int64_t group;                                // place in `options`; -1 if no parameter has a gradient
   };
   struct SeenParam {
-    PyObject *object, *entry, *slots[max_slots], *step;
+    PyObject *object, *entry, *state[max_state], *step;
     PyTypeObject* type;
     uint64_t entry_version;
     c10::DispatchKeySet keys, step_keys;
-    caffe2::TypeMeta dtype, slot_dtypes[max_slots], step_dtype;
+    caffe2::TypeMeta dtype, state_dtypes[max_state], step_dtype;
     c10::Device device = at::kCPU;
     bool has_grad, on_gpu;
     size_t row, extents;                          // places in the batch of its device and in `extents`
@@ -104,19 +111,23 @@ class Walk {
   bool compare_group(PyObject* dict, SeenGroup& seen);
 
   void read_param(PyObject* object, Where where, SeenGroup& group, Reader& state);
-  void read_entry(PyObject* entry, SeenParam& seen, Found& found, unsigned used);
+  void read_entry(PyObject* entry, SeenParam& seen, Found& found);
   void read_dtensor(PyObject* object, PyObject* grad, SeenParam& seen, Found& found);
   void check_param(SeenParam& seen, const Found& found, bool gpu_allowed);
-  DType check_slot(const SeenParam& seen, const Found& found, int k, DType param_dtype) const;
+  DType check_state(const SeenParam& seen, const Found& found, int k, DType param_dtype) const;
   bool check_count(SeenParam& seen, const Found& found, Batch& batch, bool capturable);
   bool compare_params(size_t begin, size_t end);
   bool compare_param(PyObject* object, SeenParam& seen);
   void prefetch(const SeenParam& seen) const;
 
   void add_missing(const SeenParam& seen, const Found& found);
+  // The state tensors of a parameter: a bit mask, and the name of one.
+  unsigned state_of(const Found& found) const { return options[found.group].used | extra; }
+  PyObject* state_key(int k) const { return k < max_slots ? algorithm.slot_keys[k] : names::ema; }
   int64_t layout_of(TensorImpl* const* operands);
 
   const Algorithm& algorithm;
+  unsigned extra = 0;                             // state beside the algorithm's
   c10::DeviceType seen_gpu_type = c10::kCUDA;
   PyObject* state = nullptr;                      // the optimizer's, borrowed from it
   uint64_t state_version = 0, state_changes_seen = 0;

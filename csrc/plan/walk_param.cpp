@@ -74,36 +74,35 @@ void Walk::read_param(PyObject* object, Where where, SeenGroup& group, Reader& s
     if (wrapper && !f.is_dtensor && !is_exact(wrapper) && has_torch_function(wrapper)) throw Outside{"a gradient is sparse, a tensor subclass or not strided"};
     if (group.group < 0) group.group = int64_t(options.add(group.dict, where.group));
     f.group = size_t(group.group);
-    const unsigned used = options[f.group].used;
-    if (!algorithm.has_step && !used) return;
+    if (!algorithm.has_step && !state_of(f)) return;
     // Tensor.__hash__ is Python and too slow to call, but known: it is the address.
     PyObject* entry = state_reader(object, reinterpret_cast<Py_hash_t>(object), exact);
     own.entry = hold(entry);
     f.entry_is_dict = entry && is_dict(entry);
     if (entry && !f.entry_is_dict && PyObject_HasAttr(entry, names::keys)) throw Outside{"state of a parameter is a mapping, but no dict"};
-    if (f.entry_is_dict) read_entry(entry, own, f, used);
+    if (f.entry_is_dict) read_entry(entry, own, f);
   } catch (const Outside& outside) {
     f.outside = outside.reason;
   }
 }
 
-void Walk::read_entry(PyObject* entry, SeenParam& own, Found& f, unsigned used) {
+void Walk::read_entry(PyObject* entry, SeenParam& own, Found& f) {
   own.entry_version = version_of(entry, DictOf::state);
   Reader read(entry);
   if (algorithm.has_step) own.step = hold(read(names::step));
-  for (int k = 0; k < algorithm.slots; k++)
-    if (used >> k & 1) own.slots[k] = hold(read(algorithm.slot_keys[k]));
+  for (int k = 0; k < max_state; k++)
+    if (state_of(f) >> k & 1) own.state[k] = hold(read(state_key(k)));
   f.step = hold(tensor_or_null(own.step));
-  for (int k = 0; k < algorithm.slots; k++) {
-    PyObject* slot = own.slots[k];
+  for (int k = 0; k < max_state; k++) {
+    PyObject* tensor = own.state[k];
     TensorImpl*& operand = f.operands[2 + k];
-    operand = hold(tensor_or_null(slot));
-    if (operand && !f.is_dtensor && !is_exact(slot) && has_torch_function(slot)) throw Outside{"a state tensor is a subclass"};
+    operand = hold(tensor_or_null(tensor));
+    if (operand && !f.is_dtensor && !is_exact(tensor) && has_torch_function(tensor)) throw Outside{"a state tensor is a subclass"};
     if (!operand || !f.is_dtensor) continue;
-    if (!DTensors::is(slot)) throw Outside{"state of a DTensor is none"};
+    if (!DTensors::is(tensor)) throw Outside{"state of a DTensor is none"};
     auto& own_specs = specs[size_t(own.specs)];
-    own_specs[size_t(2 + k)] = py::reinterpret_borrow<py::object>(DTensors::spec(slot));
-    operand = hold(DTensors::local(slot));
+    own_specs[size_t(2 + k)] = py::reinterpret_borrow<py::object>(DTensors::spec(tensor));
+    operand = hold(DTensors::local(tensor));
     if (!DTensors::same_placement(own_specs[0].ptr(), specs[size_t(own.specs)][size_t(2 + k)].ptr())) throw Outside{"a DTensor and its state are placed differently"};
   }
 }
@@ -152,7 +151,7 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
   if (!all_alike) check_grad(grad, param, dtype, where);
 
   Batch& batch = on_gpu ? gpu : cpu;
-  const unsigned used = options[f.group].used;
+  const unsigned used = options[f.group].used, wanted = state_of(f);
   own.on_gpu = on_gpu, own.keys = param->key_set(), own.dtype = param->dtype(), own.device = device;
   own.row = batch.rows.size();
   Row& row = batch.rows.emplace_back();           // if it stays unfinished, nothing will be written
@@ -165,23 +164,23 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
   row.data[0] = memory_of(param, size, true, "data", where);
   row.data[1] = memory_of(grad, size, false, "grad", where);
 
-  if (algorithm.has_step || used) {
+  if (algorithm.has_step || wanted) {
     if (!own.entry || (f.entry_is_dict && PyDict_GET_SIZE(own.entry) == 0)) return add_missing(own, f);
     if (!f.entry_is_dict) raise(PyExc_TypeError, c10::str("state of ", where, " must be a dict, not ", Py_TYPE(own.entry)->tp_name));
-    for (int k = 0; k < algorithm.slots; k++) {
-      if (!(used >> k & 1)) continue;
-      const char* name = algorithm.slot_names[k];
-      if (!algorithm.has_step && (!own.slots[k] || own.slots[k] == Py_None)) return add_missing(own, f);
-      TensorImpl* slot = f.operands[2 + k];
-      if (slot && is_alike(slot, param->dtype())) {
+    for (int k = 0; k < max_state; k++) {
+      if (!(wanted >> k & 1)) continue;
+      const bool may_lack = !algorithm.has_step || k >= max_slots;   // else a state without it is incomplete
+      if (may_lack && (!own.state[k] || own.state[k] == Py_None)) return add_missing(own, f);
+      TensorImpl* tensor = f.operands[2 + k];
+      if (tensor && is_alike(tensor, param->dtype())) {
         row.dtype[2 + k] = dtype;
       } else {
-        row.dtype[2 + k] = check_slot(own, f, k, dtype);
-        all_alike = all_alike && is_alike(slot, slot->dtype());
+        row.dtype[2 + k] = check_state(own, f, k, dtype);
+        all_alike = all_alike && is_alike(tensor, tensor->dtype());
       }
-      own.slot_dtypes[k] = slot->dtype();
-      w.slots[k] = slot;
-      row.data[2 + k] = memory_of(slot, itemsize(row.dtype[2 + k]), true, name, where);
+      own.state_dtypes[k] = tensor->dtype();
+      w.state[k] = tensor;
+      row.data[2 + k] = memory_of(tensor, itemsize(row.dtype[2 + k]), true, PyUnicode_AsUTF8(state_key(k)), where);
     }
     if (algorithm.has_step && !check_count(own, f, batch, capturable)) return add_missing(own, f);
   }
@@ -196,6 +195,7 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
     work += row.numel + row_cost;
     return;
   }
+  if (extra) throw Outside{"on a GPU, an average"};
   if (layout >= 0) throw Outside{"on a GPU, a parameter, its gradient and state differ in strides"};
   const c10::DeviceIndex hypers_on = options[f.group].device;
   if (hypers_on >= 0 && hypers_on != index_of(device)) throw Outside{"a hyper-parameter is on another GPU than a parameter"};
@@ -209,24 +209,24 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
   place.image = images.find({index_of(device), used, dtype, state_dtype, capturable});
 }
 
-DType Walk::check_slot(const SeenParam& own, const Found& f, int k, DType param_dtype) const {
-  const char* name = algorithm.slot_names[k];
+DType Walk::check_state(const SeenParam& own, const Found& f, int k, DType param_dtype) const {
+  const char* name = PyUnicode_AsUTF8(state_key(k));
   const Where where = f.where;
   const TensorImpl* param = f.operands[0];
-  TensorImpl* slot = f.operands[2 + k];
+  TensorImpl* tensor = f.operands[2 + k];
   DType dtype;
-  if (!own.slots[k]) raise(PyExc_KeyError, c10::str("state['", name, "'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
-  if (!slot) raise(PyExc_TypeError, c10::str("state['", name, "'] of ", where, " must be a tensor, not ", Py_TYPE(own.slots[k])->tp_name));
-  if (slot->device() != param->device())
-    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " is on ", slot->device(), ", the parameter on ", param->device()));
-  if (!is_plain(slot)) throw Outside{"a state tensor is not a plain strided tensor"};
-  if (!same_sizes(slot, param))
-    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has shape ", slot->sizes(), ", the parameter ", param->sizes(),
+  if (!own.state[k]) raise(PyExc_KeyError, c10::str("state['", name, "'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
+  if (!tensor) raise(PyExc_TypeError, c10::str("state['", name, "'] of ", where, " must be a tensor, not ", Py_TYPE(own.state[k])->tp_name));
+  if (tensor->device() != param->device())
+    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " is on ", tensor->device(), ", the parameter on ", param->device()));
+  if (!is_plain(tensor)) throw Outside{"a state tensor is not a plain strided tensor"};
+  if (!same_sizes(tensor, param))
+    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has shape ", tensor->sizes(), ", the parameter ", param->sizes(),
                                        ": move the state with the parameter, or delete its entry to start anew"));
-  if (!dtype_of(slot, dtype) || (dtype == DType::f64 && param_dtype != DType::f64))
-    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has dtype ", dtype_text(slot), ", which the arithmetic for a ",
+  if (!dtype_of(tensor, dtype) || (dtype == DType::f64 && param_dtype != DType::f64))
+    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has dtype ", dtype_text(tensor), ", which the arithmetic for a ",
                                        dtype_text(param), " parameter does not hold"));
-  check_written(slot, name, where);
+  check_written(tensor, name, where);
   return dtype;
 }
 
@@ -273,9 +273,9 @@ int64_t Walk::layout_of(TensorImpl* const* operands) {
 C10_ALWAYS_INLINE void Walk::prefetch(const SeenParam& own) const {
   if (!own.has_grad) return;
   const Written& w = (own.on_gpu ? gpu : cpu).written[own.row];
-  for (const TensorImpl* t : {w.param, w.grad, w.slots[0], w.slots[1], w.slots[2], w.step})
+  for (const TensorImpl* t : {w.param, w.grad, w.state[0], w.state[1], w.state[2], w.state[3], w.step})
     for (size_t at = 0; at < sizeof(TensorImpl); at += 64) __builtin_prefetch(reinterpret_cast<const char*>(t) + at);
-  for (PyObject* object : {own.object, own.entry, own.slots[0], own.slots[1], own.slots[2], own.step}) __builtin_prefetch(object);
+  for (PyObject* object : {own.object, own.entry, own.state[0], own.state[1], own.state[2], own.state[3], own.step}) __builtin_prefetch(object);
 }
 
 bool Walk::compare_params(size_t begin, size_t end) {
@@ -329,10 +329,10 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own) {
   if (!read_address(0, param) || !read_address(1, grad)) return false;
   if (own.entry) {
     if (states_changed && !has_version(own.entry, own.entry_version)) return false;
-    for (int k = 0; k < max_slots; k++) {
-      if (!own.slots[k]) continue;
-      TensorImpl* slot = w.slots[k] = unpack(own.slots[k], 2 + k);
-      if (!slot || !is_alike(slot, own.slot_dtypes[k]) || !read_address(2 + k, slot)) return false;
+    for (int k = 0; k < max_state; k++) {
+      if (!own.state[k]) continue;
+      TensorImpl* tensor = w.state[k] = unpack(own.state[k], 2 + k);
+      if (!tensor || !is_alike(tensor, own.state_dtypes[k]) || !read_address(2 + k, tensor)) return false;
     }
     if (own.step) {
       if (!is_exact(own.step)) return false;

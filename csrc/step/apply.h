@@ -1,7 +1,8 @@
 // The machinery of the CPU step, compiled once per ISA: an update over the elements of a row, whatever their dtypes and strides.
 //
 // Where all operands walk memory in one order and are of dtypes in a usual combination, the update runs on memory itself. Else it runs
-// on blocks in the L1 cache: operands are loaded (widened, gathered), updated, and param and state stored (rounded, scattered).
+// on blocks in the L1 cache: operands are loaded (widened, gathered), updated, and param and state stored (rounded, scattered). What a
+// step does beside the update (Stages in rows.h) is done to a block as well, before and after it.
 // Everything has internal linkage: code for one ISA must never be shared with another.
 #pragma once
 #include <cstring>
@@ -173,7 +174,34 @@ template <class T, class P, class S> Update find_update(const Row& row) {
   return find_update<T, P, S>(row, static_cast<decltype(std::tuple_cat(Algorithms(), Passes()))*>(nullptr));
 }
 
+// ---- gradients multiplied
+
+template <class T, class P> inline void scale(const P* __restrict from, P* __restrict to, int64_t n, T factor) {
+  int64_t i = 0;
+#if defined(FASTOPT_VECTOR_BYTES)
+  if constexpr (std::is_same_v<T, float>) {
+    if (factor != factor) factor = NAN;           // no bits that rounding could carry over
+    for (; i + 2 * lanes <= n; i += 2 * lanes) {
+      Floats a, b;
+      load<split<P, P>>(a, b, from + i);
+      store<split<P, P>>(a * Floats(factor), b * Floats(factor), to + i);
+    }
+  }
+#endif
+  for (; i < n; i++) narrow(T(widen(from[i])) * factor, to[i]);
+}
+
+// n elements of a block, after all factors.
+template <class P> inline void scale_all(const P* from, P* to, int64_t n, const Stages& stages) {
+  using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
+  alignas(64) P once[block];
+  scale(from, stages.factors == 1 ? to : once, n, T(stages.factor[0]));
+  if (stages.factors == 2) scale(once, to, n, T(stages.factor[1]));
+}
+
 // ---- elements [begin, end) of a row
+
+constexpr int updated = 2 + max_slots;            // operands of an update: param, grad, slots
 
 // The update that runs on memory itself, or null.
 Update find_direct(const Row& row) {
@@ -181,7 +209,7 @@ Update find_direct(const Row& row) {
   const DType param = row.dtype[0];
   if (row.data[1] && row.dtype[1] != param) return nullptr;
   DType state = param;
-  for (int k = 2, first = 1; k < max_operands; k++) {
+  for (int k = 2, first = 1; k < updated; k++) {
     if (!row.data[k]) continue;
     if (!first && row.dtype[k] != state) return nullptr;
     state = row.dtype[k], first = 0;
@@ -194,15 +222,25 @@ Update find_direct(const Row& row) {
   return wide_state ? find_update<float, float16, float>(row) : find_update<float, float16, float16>(row);
 }
 
-template <class T> void apply_in_blocks(const Row& row, int64_t begin, int64_t end, DType compute) {
+// `grad`: of these elements, if it is not the row's.
+void apply_directly(Update update, const Row& row, int64_t at, int64_t n, void* grad = nullptr) {
+  void* data[updated] = {};
+  for (int k = 0; k < updated; k++)
+    if (row.data[k]) data[k] = static_cast<char*>(row.data[k]) + at * itemsize(row.dtype[k]);
+  if (grad) data[1] = grad;
+  update(data, n, row.scalars);
+}
+
+template <class T> void apply_in_blocks(const Row& row, const Stages& stages, int64_t begin, int64_t end, DType compute) {
   const Update update = find_update<T, T, T>(row);
-  void* data[max_operands] = {};
-  alignas(64) T blocks[max_operands][block];
+  const bool scales = stages.factors && row.data[1];
+  void* data[updated] = {};
+  alignas(64) T blocks[updated][block];
   for (int64_t at = begin; at < end; at += block) {
     const int64_t n = end - at < block ? end - at : block;
-    for (int k = 0; k < max_operands; k++) {
+    for (int k = 0; k < updated; k++) {
       if (!row.data[k]) continue;
-      if (!row.layout && row.dtype[k] == compute) {
+      if (!row.layout && row.dtype[k] == compute && !(k == 1 && scales)) {
         data[k] = static_cast<T*>(row.data[k]) + at;
         continue;
       }
@@ -213,8 +251,15 @@ template <class T> void apply_in_blocks(const Row& row, int64_t begin, int64_t e
         });
       });
     }
+    if (scales)
+      with_type(row.dtype[1], row.data[1], [&](auto* memory) {
+        alignas(64) std::remove_reference_t<decltype(*memory)> stored[2][block];
+        store(blocks[1], stored[0], n, 1);
+        scale_all(stored[0], stored[1], n, stages);
+        load(blocks[1], stored[1], n, 1);
+      });
     update(data, n, row.scalars);
-    for (int k = 0; k < max_operands; k++) {
+    for (int k = 0; k < updated; k++) {
       if (k == 1 || data[k] != blocks[k]) continue;
       with_type(row.dtype[k], row.data[k], [&](auto* memory) {
         for_runs(memory, row.layout, k, at, n, [&](auto* to, int64_t i, int64_t run, int64_t stride) {
@@ -225,15 +270,52 @@ template <class T> void apply_in_blocks(const Row& row, int64_t begin, int64_t e
   }
 }
 
-void apply(const Row& row, int64_t begin, int64_t end) {
-  if (const Update update = find_direct(row)) {
-    void* data[max_operands] = {};
-    for (int k = 0; k < max_operands; k++)
-      if (row.data[k]) data[k] = static_cast<char*>(row.data[k]) + begin * itemsize(row.dtype[k]);
-    return update(data, end - begin, row.scalars);
+void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end);
+
+// The parameter's running average, as a row of the pass that makes it.
+class AverageRow {
+ public:
+  AverageRow(const Row& of, double weight) : scalars32(weight), scalars64(weight) {
+    row = of;
+    const int operands[] = {2 + average_slot, 0};
+    for (int k = 0; k < max_operands; k++) row.data[k] = k < 2 ? of.data[operands[k]] : nullptr;
+    for (int k : {0, 1}) row.dtype[k] = of.dtype[operands[k]];
+    row.algorithm = uint8_t(pass_at<Average>), row.used = 0;
+    row.scalars = computes_in_f64(row.dtype[0]) ? static_cast<const void*>(&scalars64) : &scalars32;
+    if (!of.layout) return;
+    layout = *of.layout;
+    for (int k : {0, 1}) layout.strides[k] = of.layout->strides[operands[k]];
+    row.layout = &layout;
   }
-  if (row.dtype[0] == DType::f64) apply_in_blocks<double>(row, begin, end, DType::f64);
-  else apply_in_blocks<float>(row, begin, end, DType::f32);
+  void run(int64_t begin, int64_t end) const { apply(row, {}, begin, end); }
+
+ private:
+  Row row;
+  Layout layout;
+  Average::Scalars<float> scalars32;
+  Average::Scalars<double> scalars64;
+};
+
+void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end) {
+  const Update direct = find_direct(row);
+  const bool scales = stages.factors && row.data[1], averages = stages.averages && row.data[2 + average_slot];
+  auto update = [&](int64_t at, int64_t n) {
+    if (!direct && row.dtype[0] == DType::f64) return apply_in_blocks<double>(row, stages, at, at + n, DType::f64);
+    if (!direct) return apply_in_blocks<float>(row, stages, at, at + n, DType::f32);
+    if (!scales) return apply_directly(direct, row, at, n);
+    with_type(row.dtype[1], row.data[1], [&](auto* grad) {
+      alignas(64) std::remove_reference_t<decltype(*grad)> scaled[block];
+      scale_all(grad + at, scaled, n, stages);
+      apply_directly(direct, row, at, n, scaled);
+    });
+  };
+  if (!averages && !(direct && scales)) return update(begin, end - begin);
+  const AverageRow average(row, stages.average_weight);
+  for (int64_t at = begin; at < end; at += block) {
+    const int64_t n = end - at < block ? end - at : block;
+    update(at, n);
+    if (averages) average.run(at, at + n);
+  }
 }
 
 }  // namespace

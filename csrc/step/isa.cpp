@@ -4,10 +4,10 @@
 namespace fastopt {
 
 #if defined(__x86_64__)
-void apply_avx2(const Row&, int64_t, int64_t);    // isa_avx2.cpp
-void apply_avx512(const Row&, int64_t, int64_t);  // isa_avx512.cpp
-void reduce_avx2(const Row&, Norm, int64_t, int64_t, double*);
-void reduce_avx512(const Row&, Norm, int64_t, int64_t, double*);
+void apply_avx2(const Row&, const Stages&, int64_t, int64_t);    // isa_avx2.cpp
+void apply_avx512(const Row&, const Stages&, int64_t, int64_t);  // isa_avx512.cpp
+void reduce_avx2(const Row&, Norm, const Stages&, int64_t, int64_t, double*);
+void reduce_avx512(const Row&, Norm, const Stages&, int64_t, int64_t, double*);
 
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }  // f16c came before both
 static bool has_avx512() {

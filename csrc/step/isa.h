@@ -13,8 +13,9 @@ enum class Norm : uint8_t { sum, squares, largest };
 struct Isa {
   const char* name;
   bool (*supported)();
-  void (*apply)(const Row& row, int64_t begin, int64_t end);  // elements [begin, end) of a row
-  void (*reduce)(const Row& row, Norm norm, int64_t begin, int64_t end, double* tiles);   // of its gradient, begin at a tile: one number each
+  void (*apply)(const Row& row, const Stages& stages, int64_t begin, int64_t end);  // elements [begin, end) of a row
+  // Of its gradient, begin at a tile: one number each.
+  void (*reduce)(const Row& row, Norm norm, const Stages& stages, int64_t begin, int64_t end, double* tiles);
 };
 
 extern const Isa isas[];         // the best last
@@ -42,15 +43,15 @@ template <class F> void for_share(const Row* rows, const int64_t* ends, size_t c
   }
 }
 
-inline void run(const Isa& isa, const Row* rows, const int64_t* ends, size_t count, int64_t begin, int64_t end) {
-  for_share(rows, ends, count, begin, end, line, [&](size_t r, int64_t from, int64_t upto) { isa.apply(rows[r], from, upto); });
+inline void run(const Isa& isa, const Row* rows, const int64_t* ends, size_t count, int64_t begin, int64_t end, const Stages& stages = {}) {
+  for_share(rows, ends, count, begin, end, line, [&](size_t r, int64_t from, int64_t upto) { isa.apply(rows[r], stages, from, upto); });
 }
 
 // The reading pass: the tiles of row r are written from tiles[firsts[r]] on.
 inline void read(const Isa& isa, Norm norm, const Row* rows, const int64_t* ends, const size_t* firsts, size_t count, int64_t begin, int64_t end,
-                 double* tiles) {
+                 double* tiles, const Stages& stages = {}) {
   for_share(rows, ends, count, begin, end, tile,
-            [&](size_t r, int64_t from, int64_t upto) { isa.reduce(rows[r], norm, from, upto, tiles + firsts[r] + from / tile); });
+            [&](size_t r, int64_t from, int64_t upto) { isa.reduce(rows[r], norm, stages, from, upto, tiles + firsts[r] + from / tile); });
 }
 
 }  // namespace fastopt

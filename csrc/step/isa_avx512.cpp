@@ -19,8 +19,10 @@
 #include "apply.h"
 
 namespace fastopt {
-void apply_avx512(const Row& row, int64_t begin, int64_t end) { apply(row, begin, end); }
-void reduce_avx512(const Row& row, Norm norm, int64_t begin, int64_t end, double* tiles) { reduce(row, norm, begin, end, tiles); }
+void apply_avx512(const Row& row, const Stages& stages, int64_t begin, int64_t end) { apply(row, stages, begin, end); }
+void reduce_avx512(const Row& row, Norm norm, const Stages& stages, int64_t begin, int64_t end, double* tiles) {
+  reduce(row, norm, stages, begin, end, tiles);
+}
 }  // namespace fastopt
 #if defined(__clang__)
 #pragma clang attribute pop

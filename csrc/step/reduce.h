@@ -1,4 +1,4 @@
-// Reading passes: one number of each tile of a gradient, compiled once per ISA.
+// Reading passes: one number of each tile of a gradient, after its factors (Stages in rows.h). Compiled once per ISA.
 //
 // Magnitudes are taken and squares made in fp64, exactly for all dtypes but fp64. Element i of a tile goes to lane i % 32, and lanes are
 // added in pairs, whatever the instruction set: the same bits everywhere. Included by apply.h, whose loads it uses.
@@ -55,15 +55,17 @@ template <Norm norm> class Lanes {
   Doubles lane[vectors] = {};
 };
 
-template <Norm norm, class S> void reduce_row(const S* grad, const Layout* layout, int64_t begin, int64_t end, double* tiles) {
+template <Norm norm, class S>
+void reduce_row(const S* grad, const Layout* layout, const Stages& stages, int64_t begin, int64_t end, double* tiles) {
   using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
   constexpr bool direct = std::is_same_v<S, T>;
   alignas(64) T loaded[block];
+  alignas(64) S stored[2][block];
   for (int64_t at = begin; at < end; at += tile) {
     const int64_t n = end - at < tile ? end - at : tile;
     Lanes<norm> lanes;
     if constexpr (direct)
-      if (!layout) {
+      if (!layout && !stages.factors) {
         lanes.add(grad + at, n);
         *tiles++ = lanes.result();
         continue;
@@ -71,17 +73,22 @@ template <Norm norm, class S> void reduce_row(const S* grad, const Layout* layou
     for (int64_t done = 0; done < n; done += block) {
       const int64_t some = n - done < block ? n - done : block;
       for_runs(grad, layout, 1, at + done, some, [&](auto* from, int64_t i, int64_t run, int64_t stride) { load(loaded + i, from, run, stride); });
+      if (stages.factors) {
+        store(loaded, stored[0], some, 1);
+        scale_all(stored[0], stored[1], some, stages);
+        load(loaded, stored[1], some, 1);
+      }
       lanes.add(loaded, some);
     }
     *tiles++ = lanes.result();
   }
 }
 
-void reduce(const Row& row, Norm norm, int64_t begin, int64_t end, double* tiles) {
+void reduce(const Row& row, Norm norm, const Stages& stages, int64_t begin, int64_t end, double* tiles) {
   with_type(row.dtype[1], row.data[1], [&](const auto* grad) {
-    if (norm == Norm::squares) reduce_row<Norm::squares>(grad, row.layout, begin, end, tiles);
-    else if (norm == Norm::sum) reduce_row<Norm::sum>(grad, row.layout, begin, end, tiles);
-    else reduce_row<Norm::largest>(grad, row.layout, begin, end, tiles);
+    if (norm == Norm::squares) reduce_row<Norm::squares>(grad, row.layout, stages, begin, end, tiles);
+    else if (norm == Norm::sum) reduce_row<Norm::sum>(grad, row.layout, stages, begin, end, tiles);
+    else reduce_row<Norm::largest>(grad, row.layout, stages, begin, end, tiles);
   });
 }
 

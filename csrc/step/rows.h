@@ -10,7 +10,9 @@
 namespace fastopt {
 
 constexpr int max_slots = 3;                 // state tensors of an algorithm
-constexpr int max_operands = 2 + max_slots;  // param, grad, state slots
+constexpr int average_slot = max_slots;      // the running average of the parameter, which is no algorithm's
+constexpr int max_state = max_slots + 1;
+constexpr int max_operands = 2 + max_state;  // param, grad, state
 constexpr int max_scalars = 12;              // numbers of a step that an update reads
 constexpr int max_numbers = 8;               // hyper-parameters that they come from
 
@@ -26,13 +28,24 @@ struct alignas(16) AnyScalars { char bytes[max_scalars * sizeof(double)]; };
 
 // The update of one tensor.
 struct Row {
-  void* data[max_operands];      // param, grad, state slots; null where the slot is not used
+  void* data[max_operands];      // param, grad, state; null where there is none
   DType dtype[max_operands];
   uint8_t algorithm;             // position in Algorithms, or behind them in Passes
-  uint8_t used;                  // bit mask of the state slots in use
+  uint8_t used;                  // bit mask of the algorithm's slots in use
   int64_t numel;
   const void* scalars;           // Scalars<T> of the algorithm; T is double for an fp64 parameter, else float
   const Layout* layout;          // null: element i of every operand is at data + i
+};
+
+// What a step does to each row beside the update, while its elements are in the caches.
+struct Stages {
+  // What a gradient is multiplied by where it is loaded: one after the other, each time rounded to the gradient's dtype, as if it were
+  // stored in between. In memory it stays as it is.
+  int factors = 0;
+  double factor[2] = {};
+  // The weight of the parameter in its running average, which becomes torch.lerp of both.
+  bool averages = false;
+  double average_weight = 0;
 };
 
 // Work is measured in elements, a row counting row_cost more: ends[r] is the work up to and including row r. The same

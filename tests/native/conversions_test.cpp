@@ -121,7 +121,7 @@ bool param_is_nearest(const Isa& isa, const Format& format, uint32_t stride) {
     static const std::vector<uint16_t> grad(block_size, minus_zero);
     thread_local std::vector<uint32_t> state(block_size);
     std::copy_n(patterns, n, state.begin()), std::fill_n(stored, n, minus_zero);
-    isa.apply(row_of(format.dtype, stored, grad.data(), DType::f32, state.data(), n, scalars), 0, int64_t(n));
+    isa.apply(row_of(format.dtype, stored, grad.data(), DType::f32, state.data(), n, scalars), {}, 0, int64_t(n));
   });
 }
 
@@ -131,7 +131,7 @@ bool state_is_nearest(const Isa& isa, const Format& format, uint32_t stride) {
   return nearest_for_all(format, stride, [&](const uint32_t* patterns, uint16_t* stored, size_t n) {
     thread_local std::vector<uint32_t> param(block_size);
     std::fill_n(param.begin(), n, 0), std::fill_n(stored, n, minus_zero);
-    isa.apply(row_of(DType::f32, param.data(), patterns, format.dtype, stored, n, scalars), 0, int64_t(n));
+    isa.apply(row_of(DType::f32, param.data(), patterns, format.dtype, stored, n, scalars), {}, 0, int64_t(n));
   });
 }
 
@@ -162,7 +162,7 @@ bool sum_is_nearest(const Isa& isa, const Format& bf16, uint32_t stride) {
         const uint32_t lower = lowers[l];
         const Scalars scalars = scalars_of(float(lower) * 0x1p-17f);
         param = upper;
-        isa.apply(row_of(DType::bf16, param.data(), grad.data(), DType::bf16, state.data(), n, scalars), 0, int64_t(n));
+        isa.apply(row_of(DType::bf16, param.data(), grad.data(), DType::bf16, state.data(), n, scalars), {}, 0, int64_t(n));
         unsigned wrong = 0;
         for (size_t i = 0; i < n; i++) {
           const uint32_t pattern = (uint32_t(upper[i]) << 16 | lower) & ~sign32;
@@ -192,11 +192,11 @@ bool rows_widen(const Isa& isa, const Format& format) {
   std::vector<uint16_t> all(n), zeros(n, minus_zero), more(n, minus_zero);
   for (size_t h = 0; h < n; h++) all[h] = uint16_t(h);
   std::vector<float> wide(n, -0.0f), wide_zeros(n, -0.0f), wider(n, -0.0f);
-  isa.apply(row_of(format.dtype, zeros.data(), all.data(), DType::f32, wide.data(), n, scalars), 0, n);
+  isa.apply(row_of(format.dtype, zeros.data(), all.data(), DType::f32, wide.data(), n, scalars), {}, 0, n);
   std::vector<uint16_t> state = all;
-  isa.apply(row_of(DType::f32, wider.data(), wide_zeros.data(), format.dtype, state.data(), n, scalars), 0, n);
+  isa.apply(row_of(DType::f32, wider.data(), wide_zeros.data(), format.dtype, state.data(), n, scalars), {}, 0, n);
   std::vector<uint16_t> param(n, minus_zero);
-  isa.apply(row_of(format.dtype, param.data(), all.data(), format.dtype, more.data(), n, scalars), 0, n);
+  isa.apply(row_of(format.dtype, param.data(), all.data(), format.dtype, more.data(), n, scalars), {}, 0, n);
   bool good = true;
   for (size_t h = 0; h < n; h++) {
     good = good && is_value(format, all[h], wide[h]) && is_value(format, all[h], wider[h]);

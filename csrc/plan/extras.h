@@ -1,0 +1,33 @@
+// What a step shall do beside torch's: fastopt/extras.py's Extras, as numbers.
+#pragma once
+#include "plan/python.h"
+#include "step/rows.h"
+
+namespace fastopt {
+
+struct Extras {
+  bool clips = false, error_if_nonfinite = false, unscales = false, norm_known = false, averages = false;
+  double max_norm = 0, inverse_scale = 1, norm = 0, ema_decay = 0;
+
+  Extras() = default;
+  // From the tuple, or null.
+  explicit Extras(PyObject* tuple) {
+    if (!tuple) return;
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 5) raise(PyExc_TypeError, "extras are a tuple of 5");
+    auto number = [&](Py_ssize_t at, double& value) {
+      PyObject* item = PyTuple_GET_ITEM(tuple, at);
+      if (item == Py_None) return false;
+      value = PyFloat_AsDouble(item);
+      if (value == -1 && PyErr_Occurred()) throw python_error();
+      return true;
+    };
+    clips = number(0, max_norm), error_if_nonfinite = is_true(PyTuple_GET_ITEM(tuple, 1));
+    unscales = number(2, inverse_scale), norm_known = number(3, norm), averages = number(4, ema_decay);
+  }
+  // The state of a parameter that it calls for beside the algorithm's: a bit mask.
+  unsigned state() const { return averages ? 1u << average_slot : 0u; }
+  // Whether gradients are multiplied by a number.
+  bool scales() const { return clips || unscales; }
+};
+
+}  // namespace fastopt

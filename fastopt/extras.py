@@ -1,0 +1,192 @@
+"""What an optimizer does in its step beside torch's: the options that torch's optimizers do not have.
+
+They are options of the object and no keys of its groups, so that its checkpoints are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import _C, torch_steps
+from .clip_grad import clip_grad_norm_
+
+EMA = "ema"  # the key in a parameter's state of its running average
+
+
+class Extras(NamedTuple):
+    """Of one step: what csrc/plan/extras.h reads. None is without."""
+
+    max_norm: float | None = None  # the norm of all gradients together is clipped to this
+    error_if_nonfinite: bool = False
+    inverse_scale: float | None = None  # the gradients are multiplied by this first
+    norm: float | None = None  # theirs then, where it is known
+    ema_decay: float | None = None  # how much of the running averages is kept
+
+
+class Options:
+    """Of an optimizer: ``_fastopt_options``, made with it or when a scaler sets one; kept by copies and pickles.
+
+    The values that may change between steps are attributes of the optimizer, where they were given: ``given`` has their
+    names.
+    """
+
+    def __init__(self, error_if_nonfinite: bool = False, **changing: float | None):
+        self.error_if_nonfinite = error_if_nonfinite
+        self.given = {name: value for name, value in changing.items() if value is not None}
+        for name, value in self.given.items():
+            _CHECKS[name](value)
+        if self.given and _C is None:
+            raise RuntimeError(NO_EXTENSION)
+        self.norm: Tensor | None = None  # of the last step, if it was not the plan's
+        self.searched: tuple[float, float] | None = None  # by fastopt.GradScaler: the inverse scale, and the norm
+
+    # The optimizer's attributes of these names, while they are set.
+    grad_scale: Tensor | float | None = None
+    found_inf: Tensor | float | None = None
+
+    def of_step(self, optimizer: Any) -> Extras | None:
+        """For the step that begins; None if it is to be left out, since a scaler found infinities."""
+        max_norm, ema_decay = self._value(optimizer, "max_grad_norm"), self._value(optimizer, "ema_decay")
+        inverse_scale = norm = None
+        if self.searched is not None:
+            inverse_scale, norm = self.searched
+        elif not optimizer._step_supports_amp_scaling:  # else its own step unscales
+            if self.found_inf is not None and self.found_inf != 0:
+                return None
+            inverse_scale = _inverse(self.grad_scale)
+        self.norm = None
+        return Extras(max_norm, self.error_if_nonfinite, inverse_scale, norm, ema_decay)
+
+    def _value(self, optimizer: Any, name: str) -> float | None:
+        if name not in self.given:
+            return None
+        value = getattr(optimizer, name)
+        return None if value is None else _CHECKS[name](value)
+
+    @torch.no_grad()
+    def aside(self, optimizer: Any, reason: str, extras: Extras, step: Callable[[Extras, Any], None]) -> None:
+        """The same as in the step, where the plan cannot: the optimizer steps with changed copies of the gradients."""
+        params = [param for param in _params(optimizer) if param.grad is not None]
+        grads: list[Any] = [param.grad for param in params]
+        torch_steps[f"{type(optimizer).__name__}, clipped or unscaled beside the step: {reason}"] += 1
+        try:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad.clone() if extras.inverse_scale is None else grad * extras.inverse_scale
+            norm = None
+            if extras.max_norm is not None:
+                norm = clip_grad_norm_(params, extras.max_norm, error_if_nonfinite=extras.error_if_nonfinite)
+            step(extras._replace(max_norm=None, inverse_scale=None), optimizer)
+            self.norm = norm
+        finally:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+
+
+def is_first_average(optimizer: Any) -> bool:
+    """Whether the coming update of the running averages is the first one, which copies the parameters."""
+    return not any(EMA in entry for entry in optimizer.state.values())
+
+
+def average_of(param: Tensor) -> Tensor:
+    """A running average that begins with what a parameter is."""
+    wide = param.detach().to(torch.float32) if param.dtype.itemsize < 4 else param.detach()
+    return wide.clone(memory_format=torch.preserve_format) if wide.dtype == param.dtype else wide
+
+
+@torch.no_grad()
+def average(optimizer: Any, params: list[Tensor], ema_decay: float) -> None:
+    """Updates the running averages of parameters that the plan did not step."""
+    averages = [optimizer.state[param][EMA] for param in params]
+    values = [param.detach().to(ema.dtype) for param, ema in zip(params, averages, strict=True)]
+    if averages:
+        torch._foreach_lerp_(averages, values, 1 - ema_decay)
+
+
+def average_all(optimizer: Any, ema_decay: float, first: bool) -> None:
+    """The same after a step of torch's own."""
+    known = [param for param in _params(optimizer) if optimizer.state.get(param)]
+    for param in known:
+        optimizer.state[param].setdefault(EMA, average_of(param))
+    if not first:
+        average(optimizer, known, ema_decay)
+
+
+@torch.no_grad()
+def copy_averages(optimizer: Any, params: list[Tensor]) -> None:
+    """The first update of the running averages."""
+    for param in params:
+        optimizer.state[param][EMA].copy_(param)
+
+
+NO_EXTENSION = "max_grad_norm and ema_decay need fastopt's C++ extension, which this installation lacks"
+
+
+def _params(optimizer: Any) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _inverse(scale: Tensor | float | None) -> float | None:
+    """The factor with which torch.amp.GradScaler.unscale_ multiplies."""
+    if scale is None:
+        return None
+    return float(torch.as_tensor(scale).double().reciprocal().float())
+
+
+def _max_grad_norm(value: Any) -> float:
+    number = float(value)
+    if not number > 0:
+        raise ValueError(f"Invalid max_grad_norm value: {value}; it must be > 0, or None for no clipping")
+    return number
+
+
+def _ema_decay(value: Any) -> float:
+    number = float(value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"Invalid ema_decay value: {value}; it must be in [0, 1], or None for no average")
+    return number
+
+
+_CHECKS: dict[str, Callable[[Any], float]] = {"max_grad_norm": _max_grad_norm, "ema_decay": _ema_decay}
+
+
+class GradNorm:
+    """`optimizer.grad_norm`: the norm of all gradients before clipping, at the last step; None before the first.
+
+    A tensor without dimensions, of its own each time it is asked for. Only where the optimizer was made with
+    ``max_grad_norm``; and no more than a default: a subclass's attribute of this name hides it.
+    """
+
+    def __get__(self, optimizer: Any, cls: type) -> Any:
+        if optimizer is None:
+            return self
+        options = optimizer._fastopt_options
+        if options is None or "max_grad_norm" not in options.given:
+            raise AttributeError(f"'{cls.__name__}' object has no attribute 'grad_norm': it has no max_grad_norm")
+        return options.norm if options.norm is not None else _C.grad_norm(optimizer)
+
+
+class Scaler:
+    """`optimizer.grad_scale` and `found_inf`: set by whoever scales the loss, as on torch's fused optimizers."""
+
+    def __set_name__(self, cls: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, optimizer: Any, cls: type) -> Any:
+        if optimizer is None:
+            return self
+        if self.name not in vars(optimizer._fastopt_options or self):
+            raise AttributeError(f"'{cls.__name__}' object has no attribute '{self.name}'")
+        return getattr(optimizer._fastopt_options, self.name)
+
+    def __set__(self, optimizer: Any, value: Tensor | float | None) -> None:
+        if optimizer._fastopt_options is None:
+            optimizer._fastopt_options = Options()
+        setattr(optimizer._fastopt_options, self.name, value)
+
+    def __delete__(self, optimizer: Any) -> None:
+        self.__get__(optimizer, type(optimizer))
+        delattr(optimizer._fastopt_options, self.name)

@@ -1,0 +1,285 @@
+"""What a step does beside torch's: clipping, unscaling and averaging in it are as the functions around it."""
+
+import copy
+import inspect
+import math
+import pickle
+
+import pytest
+import torch
+
+import fastopt
+from fastopt.backends import torch_steps
+
+from .optimizers import ROWS
+from .reference import assert_same_bits, snapshot
+from .test_clip_grad import DTYPES, everywhere
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+SIZES = ((), (0,), (5,), (600, 3), (4097,), (20000,))
+
+
+def give_gradients(params, step, scale=1.0):
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        numbers = torch.randn(param.shape, generator=generator, dtype=torch.float64) * scale
+        param.grad = torch.empty_like(param).copy_(numbers)
+
+
+def parameters(dtypes, strided=False):
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(size, generator=generator, dtype=torch.float64).to(d) for d in dtypes for size in SIZES]
+    if strided:
+        values += [torch.randn(40, 30, generator=generator).t(), torch.randn(8, 6, 5, generator=generator)[::2, 1:4]]
+    return [torch.nn.Parameter(value) for value in values] + [torch.nn.Parameter(torch.zeros(2))]
+
+
+def run(row, dtypes, folded, strided=False, max_norm=3.0):
+    params = parameters(dtypes, strided)
+    options = {"max_grad_norm": max_norm} if folded else {}
+    optimizer = row.ours(params[::2], **row.plain, **options)
+    optimizer.add_param_group({"params": params[1::2], "lr": 0.03, "maximize": True})
+    results = []
+    for step, scale in enumerate((1.0, 1e-4, 100.0, 1.0)):  # the second does not clip
+        give_gradients(params[:-1], step, scale)
+        before = [param.grad.clone() for param in params[:-1]]
+        together = [param for group in optimizer.param_groups for param in group["params"]]
+        norm = None if folded else fastopt.clip_grad_norm_(together, max_norm)
+        optimizer.step()
+        if folded:
+            norm = optimizer.grad_norm
+            assert_same_bits([param.grad for param in params[:-1]], before, "gradients stay")
+        results += [norm, snapshot(optimizer)]
+    return results
+
+
+@every_row
+@pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), DTYPES[::2]], ids=str)
+def test_as_clipping_and_a_step(row, dtypes):
+    expected = run(row, dtypes, folded=False)
+    for where, results in everywhere(lambda: run(row, dtypes, folded=True)):
+        assert_same_bits(results, expected, where)
+
+
+@every_row
+def test_any_strides_and_states_of_another_dtype(row):
+    assert_same_bits(run(row, DTYPES[:1], True, strided=True), run(row, DTYPES[:1], False, strided=True))
+    both = []
+    for folded in (False, True):
+        params = parameters((torch.bfloat16,))[:-1]
+        optimizer = row.ours(params, **row.plain, **({"max_grad_norm": 1.0} if folded else {}))
+        for step in range(3):
+            give_gradients(params, step)
+            if not folded:
+                fastopt.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            for entry in optimizer.state.values():
+                entry.update({key: v.float() for key, v in entry.items() if key != "step" and torch.is_tensor(v)})
+        both.append(snapshot(optimizer))
+    assert_same_bits(*both, "state in float32")
+
+
+@every_row
+def test_hot_step_allocates_nothing_and_is_only_compared(row):
+    params = parameters(DTYPES)
+    optimizer = row.ours(params, **row.plain, max_grad_norm=1.0)
+    for step in range(2):
+        give_gradients(params[:-1], step)
+        optimizer.step()
+    before = fastopt._C.counters()
+    for step in range(4):
+        give_gradients(params[:-1], step)
+        optimizer.max_grad_norm *= 0.9
+        optimizer.step()
+    assert fastopt._C.counters() == before
+
+
+@every_row
+@pytest.mark.parametrize("special", [math.nan, math.inf])
+def test_norm_that_is_not_finite(row, special):
+    """As the function by name; or refused, and nothing is changed: not even made, at a first step."""
+    both = []
+    for folded in (False, True):
+        params = parameters((torch.float32,))[:-1]
+        optimizer = row.ours(params, **row.plain, **({"max_grad_norm": 1.0} if folded else {}))
+        give_gradients(params, 1)
+        params[3].grad[7, 1] = special
+        if not folded:
+            fastopt.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        both.append(snapshot(optimizer))
+    assert_same_bits(*both, "stepped")
+    for steps in (0, 1):
+        params = parameters((torch.float32,))[:-1]
+        optimizer = row.ours(params, **row.plain, max_grad_norm=1.0, error_if_nonfinite=True)
+        for step in range(steps):
+            give_gradients(params, step)
+            optimizer.step()
+        before, entries = copy.deepcopy(snapshot(optimizer)), len(optimizer.state)
+        give_gradients(params, 1)
+        params[3].grad[7, 1] = special
+        with pytest.raises(RuntimeError, match="is non-finite, so it cannot be clipped"):
+            optimizer.step()
+        assert_same_bits(snapshot(optimizer), before, "refused")
+        assert len(optimizer.state) == entries
+
+
+@every_row
+def test_option_of_the_object(row):
+    """No key of a group: checkpoints are torch's. Survives copies and pickles; a load does not change it."""
+    params = parameters((torch.float32,))
+    optimizer = row.ours(params, **row.plain, max_grad_norm=2.0)
+    assert "max_grad_norm" not in optimizer.defaults and "max_grad_norm" not in optimizer.param_groups[0]
+    assert optimizer.grad_norm is None
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)), copy.copy(optimizer)):
+        assert other.max_grad_norm == 2.0
+        give_gradients([p for group in other.param_groups for p in group["params"]], 1, 100.0)
+        other.step()
+        assert other.grad_norm > 2.0
+    plain = row.ours(params, **row.plain)
+    plain.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.max_grad_norm == 2.0 and not hasattr(plain, "max_grad_norm") and not hasattr(plain, "grad_norm")
+    with pytest.raises(AttributeError, match="no attribute 'grad_norm'"):
+        plain.grad_norm  # noqa: B018
+    assert row.theirs(params, foreach=False, **row.plain).load_state_dict(optimizer.state_dict()) is None
+
+
+@every_row
+def test_changed_between_steps_and_off(row):
+    params = parameters((torch.float32,))[:-1]
+    optimizer = row.ours(params, **row.plain, max_grad_norm=2.0)
+    plain = row.ours(copy.deepcopy(params), **row.plain)
+    optimizer.max_grad_norm = None
+    for it in (optimizer, plain):
+        give_gradients([p for group in it.param_groups for p in group["params"]], 1, 100.0)
+        it.step()
+    assert_same_bits(snapshot(optimizer), snapshot(plain), "off")
+    before = copy.deepcopy(snapshot(optimizer))
+    for value in (0, -1.0, math.nan):
+        optimizer.max_grad_norm = value
+        with pytest.raises(ValueError, match="Invalid max_grad_norm value"):
+            optimizer.step()
+        with pytest.raises(ValueError, match="Invalid max_grad_norm value"):
+            row.ours(params, **row.plain, max_grad_norm=value)
+    assert_same_bits(snapshot(optimizer), before, "refused")
+
+
+@every_row
+def test_a_subclass_with_a_max_grad_norm_of_its_own_keeps_it(row):
+    class Own(row.ours):
+        def __init__(self, params, max_grad_norm):
+            super().__init__(params, **row.plain)
+            self.max_grad_norm, self.grad_norm = max_grad_norm, "mine"
+
+    params = parameters((torch.float32,))[:-1]
+    optimizer, plain = Own(params, 1e-3), row.ours(copy.deepcopy(params), **row.plain)
+    for it in (optimizer, plain):
+        give_gradients([p for group in it.param_groups for p in group["params"]], 1)
+        it.step()
+    assert_same_bits(snapshot(optimizer), snapshot(plain), "not clipped")
+    assert optimizer.grad_norm == "mine"
+
+
+@every_row
+def test_what_the_plan_does_not_take(row):
+    """A complex parameter among others: torch's own step runs, with copies of the gradients that are clipped."""
+    params = [torch.nn.Parameter(torch.ones(4, 2, dtype=torch.complex64)), torch.nn.Parameter(torch.ones(3))]
+    plain = copy.deepcopy(params)
+    optimizer = row.ours(params, **row.plain, max_grad_norm=1.0)
+    other = row.ours(plain, **row.plain)
+    before = sum(torch_steps.values())
+    for step in range(2):
+        for it in (params, plain):
+            give_gradients(it, step, 10.0)
+        grads = [param.grad.clone() for param in params]
+        norm = fastopt.clip_grad_norm_(plain, 1.0)
+        optimizer.step()
+        other.step()
+        assert_same_bits([p.detach() for p in params], [p.detach() for p in plain], "stepped")
+        assert_same_bits([param.grad for param in params], grads, "gradients stay")
+        assert optimizer.grad_norm == norm
+    assert sum(torch_steps.values()) > before
+
+
+@pytest.mark.parametrize("cls", [fastopt.SGD, fastopt.Adagrad])
+def test_sparse_gradients_have_no_norm_as_in_torch(cls):
+    param = torch.nn.Parameter(torch.ones(4, 2))
+    optimizer = cls([param], lr=0.1, max_grad_norm=1.0)
+    param.grad = grad = torch.sparse_coo_tensor([[1, 3]], torch.ones(2, 2) * 3, (4, 2), check_invariants=True)
+    with pytest.raises(NotImplementedError):
+        torch.nn.utils.clip_grad_norm_([param], 1.0)
+    with pytest.raises(NotImplementedError):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(4, 2)) and param.grad is grad and not optimizer.state[param].get("step")
+
+
+@every_row
+def test_own_options_are_keywords(row):
+    with pytest.raises(TypeError):
+        row.ours(
+            parameters((torch.float32,)),
+            *[p.default for p in list(inspect.signature(row.theirs).parameters.values())[1:]],
+            1.0,
+        )
+
+
+# ---- running averages
+
+
+def average_beside(row, dtypes, decay, steps=6, **options):
+    """Parameters, steps without the option and an AveragedModel in float32 or float64: its averages, then ours."""
+    theirs, ours = (Params(dtypes) for _ in range(2))
+    plain = row.ours(theirs.parameters(), **row.plain, **options)
+    optimizer = row.ours(ours.parameters(), **row.plain, **options, ema_decay=decay)
+    wide = copy.deepcopy(theirs)
+    wide = wide.float() if dtypes[0].itemsize < 4 else wide
+    averaged = torch.optim.swa_utils.AveragedModel(wide, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))
+    for step in range(steps):
+        for params in (theirs.list, ours.list):
+            give_gradients(params, step)
+            for at, param in enumerate(params):  # some have no gradient at first, in between, or ever
+                if at == 1 or (at == 2 and step < 2) or (at == 3 and step in (2, 3)):
+                    param.grad = None
+        plain.step()
+        optimizer.step()
+        for param, source in zip(wide.list, theirs.list, strict=True):
+            param.data.copy_(source)
+        averaged.update_parameters(wide)
+    assert_same_bits([p.detach() for p in ours.list], [p.detach() for p in theirs.list], "parameters")
+    expected = list(averaged.module.list)
+    actual = [optimizer.state[p]["ema"] if "ema" in optimizer.state[p] else p.detach() for p in ours.list]
+    return optimizer, actual, [p.detach().to(a.dtype) for p, a in zip(expected, actual, strict=True)]
+
+
+class Params(torch.nn.Module):
+    def __init__(self, dtypes):
+        super().__init__()
+        self.list = torch.nn.ParameterList(parameters(dtypes, strided=True)[:-1])
+
+
+@every_row
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("decay", [0.9, 0.3, 0.999])
+def test_averages_are_those_of_averaged_model(row, dtype, decay):
+    for where, (_, actual, expected) in everywhere(lambda: average_beside(row, (dtype,), decay)):
+        assert_same_bits(actual, expected, where)
+
+
+@every_row
+def test_averages_are_kept_by_checkpoints(row):
+    """In float32 for 16-bit parameters too; a torch.optim loads them, and what it saves goes on."""
+    optimizer, actual, _ = average_beside(row, (torch.bfloat16,), 0.9)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = row.ours(Params((torch.bfloat16,)).parameters(), **row.plain, ema_decay=0.9)
+    other.load_state_dict(saved)
+    again = [entry["ema"] for entry in other.state.values() if "ema" in entry]
+    assert_same_bits(again, [entry["ema"] for entry in optimizer.state.values() if "ema" in entry])
+    assert all(ema.dtype == torch.float32 for ema in again)
+    theirs = row.theirs(Params((torch.bfloat16,)).parameters(), **row.plain)
+    theirs.load_state_dict(saved)
+    give_gradients([p for group in theirs.param_groups for p in group["params"]], 1)
+    theirs.step()
+    other.load_state_dict(theirs.state_dict())
+    give_gradients([p for group in other.param_groups for p in group["params"]], 1)
+    other.step()
