@@ -105,7 +105,6 @@ def plain(text):
 INTERNAL = {
     "no update named",
     "step(optimizer, fresh, extras)",
-    "extras are a tuple of",
 }  # only a mistake in this library shows them
 
 

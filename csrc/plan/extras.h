@@ -13,7 +13,7 @@ struct Extras {
   // From the tuple, or null.
   explicit Extras(PyObject* tuple) {
     if (!tuple) return;
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 5) raise(PyExc_TypeError, "extras are a tuple of 5");
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 5) raise(PyExc_TypeError, "step(optimizer, fresh, extras)");
     auto number = [&](Py_ssize_t at, double& value) {
       PyObject* item = PyTuple_GET_ITEM(tuple, at);
       if (item == Py_None) return false;

@@ -103,14 +103,14 @@ inline void update_pair(P* param, const P* grad, S* const* slots, int64_t i, con
     if (used >> k & 1) store<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
 }
 
-// As many of n elements as fill pairs; returns their number.
+// As many of n elements as fill pairs; returns their number. In memory `rest` elements, n or more, are to be updated.
 template <class Algorithm, unsigned used, class P, class S, class H>
-inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n, H h) {
+inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n, int64_t rest, H h) {
   if constexpr (split<P, S>)  // no NaN with bits that rounding could carry over
     for (float& number : reinterpret_cast<float(&)[sizeof h / sizeof(float)]>(h)) number = number == number ? number : NAN;
   int64_t i = 0;
   for (; i + 2 * lanes <= n; i += 2 * lanes) {
-    if (i + ahead / int64_t(sizeof(P)) < n) {
+    if (i + ahead / int64_t(sizeof(P)) < rest) {
       fetch_ahead(param + i);
       if constexpr (reads_grad<Algorithm>) fetch_ahead(grad + i);
       for (int k = 0; k < max_slots; k++)
@@ -123,7 +123,7 @@ inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n,
 #endif
 
 template <class Algorithm, unsigned used, class T, class P, class S>
-void update(void* const* data, int64_t n, const void* scalars) {
+void update(void* const* data, int64_t n, int64_t rest, const void* scalars) {
   const auto h = *static_cast<const typename Algorithm::template Scalars<T>*>(scalars);
   P* __restrict param = static_cast<P*>(data[0]);
   const P* __restrict grad = static_cast<const P*>(data[1]);
@@ -133,7 +133,7 @@ void update(void* const* data, int64_t n, const void* scalars) {
   int64_t i = 0;
 #if defined(FASTOPT_VECTOR_BYTES)
   S* const slots[] = {slot0, slot1, slot2};
-  if constexpr (std::is_same_v<T, float>) i = update_pairs<Algorithm, used>(param, grad, slots, n, h);
+  if constexpr (std::is_same_v<T, float>) i = update_pairs<Algorithm, used>(param, grad, slots, n, rest, h);
 #endif
   for (; i < n; i++) {
     T p = widen(param[i]), g = {}, state[max_slots] = {};
@@ -149,7 +149,7 @@ void update(void* const* data, int64_t n, const void* scalars) {
   }
 }
 
-using Update = void (*)(void* const*, int64_t, const void*);
+using Update = void (*)(void* const* data, int64_t n, int64_t rest, const void* scalars);
 struct Updates { Update of[1 << max_slots]; };  // by mask of used slots
 
 // Whether the options of an algorithm can call for these slots; a pass has none.
@@ -176,12 +176,13 @@ template <class T, class P, class S> Update find_update(const Row& row) {
 
 // ---- gradients multiplied
 
-template <class T, class P> inline void scale(const P* __restrict from, P* __restrict to, int64_t n, T factor) {
+template <class T, class P> inline void scale(const P* __restrict from, P* __restrict to, int64_t n, int64_t rest, T factor) {
   int64_t i = 0;
 #if defined(FASTOPT_VECTOR_BYTES)
   if constexpr (std::is_same_v<T, float>) {
     if (factor != factor) factor = NAN;           // no bits that rounding could carry over
     for (; i + 2 * lanes <= n; i += 2 * lanes) {
+      if (i + ahead / int64_t(sizeof(P)) < rest) fetch_ahead(from + i);
       Floats a, b;
       load<split<P, P>>(a, b, from + i);
       store<split<P, P>>(a * Floats(factor), b * Floats(factor), to + i);
@@ -192,11 +193,11 @@ template <class T, class P> inline void scale(const P* __restrict from, P* __res
 }
 
 // n elements of a block, after all factors.
-template <class P> inline void scale_all(const P* from, P* to, int64_t n, const Stages& stages) {
+template <class P> inline void scale_all(const P* from, P* to, int64_t n, int64_t rest, const Stages& stages) {
   using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
   alignas(64) P once[block];
-  scale(from, stages.factors == 1 ? to : once, n, T(stages.factor[0]));
-  if (stages.factors == 2) scale(once, to, n, T(stages.factor[1]));
+  scale(from, stages.factors == 1 ? to : once, n, rest, T(stages.factor[0]));
+  if (stages.factors == 2) scale(once, to, n, n, T(stages.factor[1]));
 }
 
 // ---- elements [begin, end) of a row
@@ -223,12 +224,12 @@ Update find_direct(const Row& row) {
 }
 
 // `grad`: of these elements, if it is not the row's.
-void apply_directly(Update update, const Row& row, int64_t at, int64_t n, void* grad = nullptr) {
+void apply_directly(Update update, const Row& row, int64_t at, int64_t n, int64_t rest, void* grad = nullptr) {
   void* data[updated] = {};
   for (int k = 0; k < updated; k++)
     if (row.data[k]) data[k] = static_cast<char*>(row.data[k]) + at * itemsize(row.dtype[k]);
   if (grad) data[1] = grad;
-  update(data, n, row.scalars);
+  update(data, n, rest, row.scalars);
 }
 
 template <class T> void apply_in_blocks(const Row& row, const Stages& stages, int64_t begin, int64_t end, DType compute) {
@@ -255,10 +256,10 @@ template <class T> void apply_in_blocks(const Row& row, const Stages& stages, in
       with_type(row.dtype[1], row.data[1], [&](auto* memory) {
         alignas(64) std::remove_reference_t<decltype(*memory)> stored[2][block];
         store(blocks[1], stored[0], n, 1);
-        scale_all(stored[0], stored[1], n, stages);
+        scale_all(stored[0], stored[1], n, n, stages);
         load(blocks[1], stored[1], n, 1);
       });
-    update(data, n, row.scalars);
+    update(data, n, n, row.scalars);
     for (int k = 0; k < updated; k++) {
       if (k == 1 || data[k] != blocks[k]) continue;
       with_type(row.dtype[k], row.data[k], [&](auto* memory) {
@@ -302,11 +303,11 @@ void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end) {
   auto update = [&](int64_t at, int64_t n) {
     if (!direct && row.dtype[0] == DType::f64) return apply_in_blocks<double>(row, stages, at, at + n, DType::f64);
     if (!direct) return apply_in_blocks<float>(row, stages, at, at + n, DType::f32);
-    if (!scales) return apply_directly(direct, row, at, n);
+    if (!scales) return apply_directly(direct, row, at, n, end - at);
     with_type(row.dtype[1], row.data[1], [&](auto* grad) {
       alignas(64) std::remove_reference_t<decltype(*grad)> scaled[block];
-      scale_all(grad + at, scaled, n, stages);
-      apply_directly(direct, row, at, n, scaled);
+      scale_all(grad + at, scaled, n, end - at, stages);
+      apply_directly(direct, row, at, n, end - at, scaled);
     });
   };
   if (!averages && !(direct && scales)) return update(begin, end - begin);

@@ -75,7 +75,7 @@ void reduce_row(const S* grad, const Layout* layout, const Stages& stages, int64
       for_runs(grad, layout, 1, at + done, some, [&](auto* from, int64_t i, int64_t run, int64_t stride) { load(loaded + i, from, run, stride); });
       if (stages.factors) {
         store(loaded, stored[0], some, 1);
-        scale_all(stored[0], stored[1], some, stages);
+        scale_all(stored[0], stored[1], some, some, stages);
         load(loaded, stored[1], some, 1);
       }
       lanes.add(loaded, some);
