@@ -19,6 +19,7 @@ from .adam import Adam, AdamW
 from .backends import _C as _C  # the extension that fits this torch, or None
 from .backends import backend_info
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .grad_scaler import GradScaler
 from .rmsprop import RMSprop
 from .sgd import SGD
 
@@ -27,6 +28,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "GradScaler",
     "RMSprop",
     "backend_info",
     "clip_grad_norm_",

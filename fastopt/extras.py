@@ -70,7 +70,7 @@ class Options:
     @torch.no_grad()
     def aside(self, optimizer: Any, reason: str, extras: Extras, step: Callable[[Extras, Any], None]) -> None:
         """The same as in the step, where the plan cannot: the optimizer steps with changed copies of the gradients."""
-        params = [param for param in _params(optimizer) if param.grad is not None]
+        params = [param for param in all_params(optimizer) if param.grad is not None]
         grads: list[Any] = [param.grad for param in params]
         torch_steps[f"{type(optimizer).__name__}, clipped or unscaled beside the step: {reason}"] += 1
         try:
@@ -108,7 +108,7 @@ def average(optimizer: Any, params: list[Tensor], ema_decay: float) -> None:
 
 def average_all(optimizer: Any, ema_decay: float, first: bool) -> None:
     """The same after a step of torch's own."""
-    known = [param for param in _params(optimizer) if optimizer.state.get(param)]
+    known = [param for param in all_params(optimizer) if optimizer.state.get(param)]
     for param in known:
         optimizer.state[param].setdefault(EMA, average_of(param))
     if not first:
@@ -125,7 +125,7 @@ def copy_averages(optimizer: Any, params: list[Tensor]) -> None:
 NO_EXTENSION = "max_grad_norm and ema_decay need fastopt's C++ extension, which this installation lacks"
 
 
-def _params(optimizer: Any) -> list[Tensor]:
+def all_params(optimizer: Any) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 

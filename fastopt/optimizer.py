@@ -244,6 +244,13 @@ def _step_if_unwatched(self: Any, closure: Closure | None = None) -> Any:
     return _follow(self, answer) if answer else None
 
 
+def is_ours(step: Any) -> bool:
+    """Whether a step, as an object has it, is this library's; perhaps in a scheduler's wrapper."""
+    if getattr(step, "_wrapped_by_lr_sched", False):
+        step = getattr(step, "__wrapped__", step)
+    return getattr(step, "__func__", step) in (FusedStep.step, _step_if_unwatched)
+
+
 def drop_in(cls: type[Class]) -> type[Class]:
     """Gives a class the constructor and the `__setstate__` of torch's of the same name as its own.
 

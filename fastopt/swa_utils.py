@@ -12,19 +12,23 @@ What torch's module has and this one does not change is torch's own object.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Module
+from torch.optim import Optimizer
 from torch.optim import swa_utils as torch_swa_utils
 
 from .backends import _C, count_left_to_torch, left_to_torch, on_gpu
+from .extras import EMA, all_params
 
-__all__ = list(torch_swa_utils.__all__)
+__all__ = [*torch_swa_utils.__all__, "averaged_copy", "averaged_parameters"]
 _torch: Any = torch_swa_utils  # which has no types
 TorchUpdate = Callable[[list[Tensor], list[Tensor], Tensor | int], None]
 
@@ -156,3 +160,83 @@ def _took_in(take_in: Callable[..., Any], averaged: AveragedModel, model: Module
         if own_buffers:
             torch._foreach_copy_(own_buffers, buffers)
     return True
+
+
+# ---- averages that an optimizer made with ``ema_decay`` keeps
+
+
+@contextlib.contextmanager
+def averaged_parameters(*optimizers: Optimizer) -> Iterator[None]:
+    """Within the context, the parameters have the values of their running averages: for an evaluation.
+
+    Afterwards they have their own again, bit for bit. Parameters without an average, which were never stepped, keep
+    their values.
+
+    Args:
+        optimizers: those that have the averages, made with ``ema_decay``.
+
+    Raises:
+        ValueError: none of them has an average.
+
+    >>> import torch, fastopt
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> optimizer = fastopt.SGD([weight], lr=1.0, ema_decay=0.75)
+    >>> for _ in range(2):
+    ...     weight.grad = torch.tensor([1.0])
+    ...     optimizer.step()
+    >>> with fastopt.swa_utils.averaged_parameters(optimizer):
+    ...     print(weight.item())
+    -1.25
+    >>> weight.item()
+    -2.0
+    """
+    averages = _averages(optimizers)
+    own = [param.detach().clone() for param in averages]
+    with torch.no_grad():
+        for param, average in averages.items():
+            param.copy_(average)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for param, values in zip(averages, own, strict=True):
+                param.copy_(values)
+
+
+def averaged_copy(model: Module, *optimizers: Optimizer) -> Module:
+    """A deep copy of a model, whose parameters have the values of their running averages: to save or to serve.
+
+    Args:
+        model: whose parameters the optimizers step.
+        optimizers: those that have the averages, made with ``ema_decay``.
+
+    Returns:
+        A model of its own; buffers are copied.
+
+    Raises:
+        ValueError: none of the optimizers has an average.
+
+    >>> import torch, fastopt
+    >>> model = torch.nn.Linear(1, 1)
+    >>> optimizer = fastopt.Adam(model.parameters(), ema_decay=0.999)
+    >>> model(torch.ones(1)).backward()
+    >>> optimizer.step()
+    >>> smooth = fastopt.swa_utils.averaged_copy(model, optimizer)
+    >>> torch.equal(smooth.weight, model.weight)  # the first average is a copy
+    True
+    """
+    averages = _averages(optimizers)
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        for param, own in zip(model.parameters(), made.parameters(), strict=True):
+            if param in averages:
+                own.copy_(averages[param])
+    return made
+
+
+def _averages(optimizers: tuple[Optimizer, ...]) -> dict[Tensor, Tensor]:
+    states = [(param, optimizer.state.get(param, {})) for optimizer in optimizers for param in all_params(optimizer)]
+    averages = {param: entry[EMA] for param, entry in states if EMA in entry}
+    if not averages:
+        raise ValueError("no optimizer has running averages: make it with ema_decay, and step once")
+    return averages

@@ -82,7 +82,7 @@ def test_any_strides_and_states_of_another_dtype(row):
 @every_row
 def test_hot_step_allocates_nothing_and_is_only_compared(row):
     params = parameters(DTYPES)
-    optimizer = row.ours(params, **row.plain, max_grad_norm=1.0)
+    optimizer = row.ours(params, **row.plain, max_grad_norm=1.0, ema_decay=0.99)
     for step in range(2):
         give_gradients(params[:-1], step)
         optimizer.step()
@@ -283,3 +283,77 @@ def test_averages_are_kept_by_checkpoints(row):
     other.load_state_dict(theirs.state_dict())
     give_gradients([p for group in other.param_groups for p in group["params"]], 1)
     other.step()
+
+
+@every_row
+def test_averages_for_evaluation_and_for_another_model(row):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.idle = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+            self.narrow = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+
+    model = Model()
+    optimizer = row.ours(model.parameters(), **row.plain, ema_decay=0.9)
+    for function in (
+        fastopt.swa_utils.averaged_copy,
+        lambda _, it: fastopt.swa_utils.averaged_parameters(it).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="no optimizer has running averages"):
+            function(model, optimizer)
+    for step in range(3):
+        give_gradients([model.weight, model.narrow], step)
+        optimizer.step()
+    ema, half = (optimizer.state[p]["ema"].clone() for p in (model.weight, model.narrow))
+    assert half.dtype == torch.float32 and not torch.equal(ema, model.weight)
+    own = [param.detach().clone() for param in model.parameters()]
+    with fastopt.swa_utils.averaged_parameters(optimizer):
+        assert torch.equal(model.weight, ema) and torch.equal(model.narrow, half.bfloat16())
+        assert torch.equal(model.idle, own[1])
+    assert_same_bits([param.detach() for param in model.parameters()], own)
+    with pytest.raises(KeyError), fastopt.swa_utils.averaged_parameters(optimizer):
+        raise KeyError
+    assert_same_bits([param.detach() for param in model.parameters()], own)
+    smooth = fastopt.swa_utils.averaged_copy(model, optimizer)
+    assert torch.equal(smooth.weight, ema) and smooth.weight is not model.weight
+    assert_same_bits([param.detach() for param in model.parameters()], own)
+
+
+@every_row
+def test_averaging_may_pause(row):
+    """None leaves the averages as they are; another value is taken at the next step; a bad one is refused."""
+    params = parameters((torch.float32,))[:-1]
+    optimizer = row.ours(params, **row.plain, ema_decay=0.9)
+    give_gradients(params, 0)
+    optimizer.step()
+    before = copy.deepcopy(snapshot(optimizer))
+    optimizer.ema_decay = 1.5
+    with pytest.raises(ValueError, match="Invalid ema_decay value: 1.5"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before)
+    for value, changes in ((None, False), (0.0, True)):
+        ema = [optimizer.state[param]["ema"].clone() for param in params]
+        optimizer.ema_decay = value
+        optimizer.step()
+        now = [optimizer.state[param]["ema"] for param in params]
+        assert all(torch.equal(a, b) for a, b in zip(ema, now, strict=True)) != changes
+    assert_same_bits(now, [param.detach() for param in params])
+
+
+@every_row
+def test_averages_begin_late_without_a_first_step_anew(row):
+    """State that lacks nothing but an average is no new state: dampening, step counts and momentum go on."""
+    params, plain = (parameters((torch.float32,))[:-1] for _ in range(2))
+    optimizer, other = row.ours(params, **row.plain, ema_decay=0.9), row.ours(plain, **row.plain)
+    optimizer.ema_decay = None
+    for step in range(4):
+        for its in (params, plain):
+            give_gradients(its, step)
+        if step == 2:
+            optimizer.ema_decay = 0.9
+        optimizer.step()
+        other.step()
+        assert_same_bits([p.detach() for p in params], [p.detach() for p in plain])
+        assert ("ema" in optimizer.state[params[0]]) == (step >= 2)
+        if step == 2:
+            assert_same_bits([optimizer.state[p]["ema"] for p in params], [p.detach() for p in params], "the first")

@@ -73,10 +73,10 @@ template <class F> void Rows::without_gil(F f) {
   f();
 }
 
-double Rows::norm(Norm norm) {
+double Rows::norm(Norm norm, const Stages& stages) {
   if (rows.empty()) return 0;
   numbers.resize(tiles);
-  without_gil([&] { share_reading(*isa, norm, rows.data(), ends.data(), firsts.data(), rows.size(), numbers.data()); });
+  without_gil([&] { share_reading(*isa, norm, rows.data(), ends.data(), firsts.data(), rows.size(), numbers.data(), stages); });
   return total(norm, numbers);
 }
 
@@ -248,6 +248,20 @@ PyObject* norm(const Answers& answers, PyObject* const* args) {
   call.for_items(args[0], [&](PyObject* tensor) { rows.add_read(impl_of(tensor)); });
   if (rows.on_gpu()) throw Outside{"shards on a GPU"};
   return PyFloat_FromDouble(rows.norm(norm_of(order, rows)));
+}
+
+PyObject* search(const Answers& answers, PyObject* const* args) {
+  Stages stages;
+  stages.factors = 1, stages.factor[0] = as_number(args[1]);
+  Call call(answers);
+  Rows& rows = call.rows();
+  call.for_grads(args[0], [&](TensorImpl* grad) { rows.add_read(grad); });
+  if (rows.on_gpu()) throw Outside{"gradients on a GPU"};
+  if (rows.empty() || rows.has(DType::f16)) throw Outside{"no gradient, or one of float16"};
+  const double norm = rows.norm(Norm::squares, stages);
+  // What unscaling, or a square of fp64, made infinite was not.
+  const bool infinite = !std::isfinite(norm) && !std::isfinite(rows.norm(Norm::largest));
+  return Py_BuildValue("(dN)", norm, PyBool_FromLong(infinite));
 }
 
 PyObject* scale(const Answers& answers, PyObject* const* args) {

@@ -34,7 +34,7 @@ class Rows {
   void add_pair(TensorImpl* written, TensorImpl* read) { add(written, read); }
 
   // Of all tensors that are read, as one vector: the sum of magnitudes, the root of the sum of squares, or the largest magnitude.
-  double norm(Norm norm);
+  double norm(Norm norm, const Stages& stages = {});
   // Runs a pass, whose scalars are made from a number, over all rows.
   template <class Pass> void run(double number);
   void zero();
@@ -67,6 +67,8 @@ PyObject* clip_grad_norm(const Answers& answers, PyObject* const* args);
 PyObject* total_norm(const Answers& answers, PyObject* const* args);
 // norm(tensors, norm_type) -> float | LeftToTorch: what total_norm rounds; of tensors of the CPU that are not empty
 PyObject* norm(const Answers& answers, PyObject* const* args);
+// search(parameters, inverse_scale) -> (norm of the unscaled gradients, whether one of the gradients is infinite or NaN) | LeftToTorch
+PyObject* search(const Answers& answers, PyObject* const* args);
 // scale_(tensors, factor) -> DONE | LeftToTorch
 PyObject* scale(const Answers& answers, PyObject* const* args);
 // scale_grads_(parameters, factor, None) -> DONE | LeftToTorch, or scale_grads_(parameters, max_norm, norm on a GPU) -> GpuPass | LeftToTorch

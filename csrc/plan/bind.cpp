@@ -83,7 +83,7 @@ template <auto function, Py_ssize_t expected> PyMethodDef method(const char* nam
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<function, expected>)), METH_FASTCALL, "see csrc/plan/after_backward.h"};
 }
 PyMethodDef gradient_methods[] = {method<&clip_grad_norm, 4>("clip_grad_norm_"), method<&total_norm, 3>("total_norm"),
-                                  method<&norm, 2>("norm"), method<&scale, 2>("scale_"),
+                                  method<&norm, 2>("norm"), method<&search, 2>("search"), method<&scale, 2>("scale_"),
                                   method<&scale_grads, 3>("scale_grads_"), method<&clip_grad_value, 2>("clip_grad_value_"),
                                   method<&average, 4>("average_"), method<&zero_grad, 2>("zero_grad"), {}};
 
