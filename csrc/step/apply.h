@@ -123,7 +123,7 @@ inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n,
 #endif
 
 template <class Algorithm, unsigned used, class T, class P, class S>
-void update(void* const* data, int64_t n, int64_t rest, const void* scalars) {
+void update(void* const* data, int64_t n, [[maybe_unused]] int64_t rest, const void* scalars) {
   const auto h = *static_cast<const typename Algorithm::template Scalars<T>*>(scalars);
   P* __restrict param = static_cast<P*>(data[0]);
   const P* __restrict grad = static_cast<const P*>(data[1]);
@@ -176,7 +176,7 @@ template <class T, class P, class S> Update find_update(const Row& row) {
 
 // ---- gradients multiplied
 
-template <class T, class P> inline void scale(const P* __restrict from, P* __restrict to, int64_t n, int64_t rest, T factor) {
+template <class T, class P> inline void scale(const P* __restrict from, P* __restrict to, int64_t n, [[maybe_unused]] int64_t rest, T factor) {
   int64_t i = 0;
 #if defined(FASTOPT_VECTOR_BYTES)
   if constexpr (std::is_same_v<T, float>) {

@@ -12,6 +12,7 @@
 #include "checks.h"
 #include "step/algorithms.h"
 #include "step/isa.h"
+#include "step/passes.h"
 
 using namespace fastopt;
 
@@ -77,7 +78,8 @@ template <class Scalars, class Hyper> static void put_scalars(void* out) {
   new (out) Scalars(hyper, 5);
 }
 
-template <class O> static Case make(int index, unsigned used, DType param, DType state, bool special, const std::vector<Sizes>& sizes) {
+template <class O>
+static Case make(int index, unsigned used, DType param, DType state, bool special, const std::vector<Sizes>& sizes, bool averaged = false) {
   Case c;
   int64_t work = 0;
   for (Sizes s : sizes) {
@@ -88,11 +90,11 @@ template <class O> static Case make(int index, unsigned used, DType param, DType
     c.dims.emplace_back();
     // strided: the parameter is [numel/3, 3] row by row, the others transposed, the gradient with every second element
     const int64_t outer = s.numel / 3;
-    if (s.strided) c.dims.back() = {outer, 3, 3, 1, 2, 2 * outer, 1, outer, 1, outer, 1, outer};
+    if (s.strided) c.dims.back() = {outer, 3, 3, 1, 2, 2 * outer, 1, outer, 1, outer, 1, outer, 1, outer};
     for (int k = 0; k < max_operands; k++) {
-      if (k >= 2 && !(used >> (k - 2) & 1)) continue;
+      if (k == 2 + average_slot ? !averaged : k >= 2 && !(used >> (k - 2) & 1)) continue;
       Case::Tensor t;
-      t.dtype = row.dtype[k] = k < 2 ? param : state;
+      t.dtype = row.dtype[k] = k < 2 ? param : k == 2 + average_slot ? (itemsize(param) == 2 ? DType::f32 : param) : state;
       t.extent = s.strided && k == 1 ? 2 * s.numel - 1 : s.numel;
       const int64_t size = t.extent * itemsize(t.dtype), offset = s.numel % 2 * (k + 1) * itemsize(t.dtype);  // not aligned to vectors
       t.memory.reset(new char[size_t(offset + size)]);
@@ -121,21 +123,27 @@ template <class O> static Case make(int index, unsigned used, DType param, DType
   return c;
 }
 
-static uint64_t step(const Isa& isa, Case& c, int threads) {
+static void run_on(const Isa& isa, const Case& c, int threads, const Stages& stages) {
   const int64_t total = c.ends.back();
-  for (int repeat = 0; repeat < 2; repeat++) {
-    std::vector<std::thread> pool;
-    for (int t = 0; t < threads; t++)
-      pool.emplace_back([&, t] { run(isa, c.rows.data(), c.ends.data(), c.rows.size(), total * t / threads, total * (t + 1) / threads); });
-    for (auto& thread : pool) thread.join();
-  }
+  std::vector<std::thread> pool;
+  for (int t = 0; t < threads; t++)
+    pool.emplace_back([&, t] { run(isa, c.rows.data(), c.ends.data(), c.rows.size(), total * t / threads, total * (t + 1) / threads, stages); });
+  for (auto& thread : pool) thread.join();
+}
+
+static uint64_t hash_of(const Case& c, int but = -1) {
   uint64_t hash = 1469598103934665603u;
   for (auto& row : c.tensors)
-    for (auto& t : row)
-      for (int64_t i = 0; i < t.extent; i++) hash = (hash ^ canonical(t.data, t.dtype, i)) * 1099511628211u;
+    for (size_t k = 0; k < row.size(); k++)
+      for (int64_t i = 0; int(k) != but && i < row[k].extent; i++) hash = (hash ^ canonical(row[k].data, row[k].dtype, i)) * 1099511628211u;
   return hash;
 }
 
+
+static uint64_t step(const Isa& isa, const Case& c, int threads) {
+  for (int repeat = 0; repeat < 2; repeat++) run_on(isa, c, threads, {});
+  return hash_of(c);
+}
 
 static uint64_t all = 0;
 
@@ -163,9 +171,66 @@ template <class O> static void check(int index) {
   }
 }
 
+// What stages do to a case, as passes of their own over memory: first the gradients, then the update, then the averages.
+static void run_apart(const Isa& isa, Case& c, const Stages& stages) {
+  auto pass = [&](size_t algorithm, int written, int read, const void* f32, const void* f64) {
+    std::vector<Row> rows = c.rows;
+    std::vector<Layout> layouts = c.layouts;
+    for (size_t r = 0; r < rows.size(); r++) {
+      Row& row = rows[r];
+      for (int k = 0; k < max_operands; k++) row.data[k] = nullptr;
+      int at = 0;
+      for (int k : {written, read}) {
+        if (k >= 0) row.data[at] = c.rows[r].data[k], row.dtype[at] = c.rows[r].dtype[k], layouts[r].strides[at] = c.layouts[r].strides[k];
+        at++;
+      }
+      row.algorithm = uint8_t(algorithm), row.used = 0, row.scalars = row.dtype[0] == DType::f64 ? f64 : f32;
+      if (row.layout) row.layout = &layouts[r];
+    }
+    run(isa, rows.data(), c.ends.data(), rows.size(), 0, c.ends.back());
+  };
+  for (int i = 0; i < stages.factors; i++) {
+    const Scale::Scalars<float> f32 = {float(stages.factor[i])};
+    const Scale::Scalars<double> f64 = {stages.factor[i]};
+    pass(pass_at<Scale>, 1, -1, &f32, &f64);
+  }
+  run_on(isa, c, 1, {});
+  const Average::Scalars<float> f32(stages.average_weight);
+  const Average::Scalars<double> f64(stages.average_weight);
+  if (stages.averages) pass(pass_at<Average>, 2 + average_slot, 0, &f32, &f64);
+}
+
+// Stages of a step leave what passes around it leave, but the gradient as it was; on every ISA, however the work is cut.
+template <class O> static void check_stages(int index) {
+  const std::vector<Sizes> sizes = {{0, false}, {1, false}, {7, false}, {64, false}, {517, false}, {1029, true}, {3000, false}, {3, true}, {5000, false}};
+  const DType dtypes[][2] = {{DType::f32, DType::f32}, {DType::f64, DType::f64}, {DType::bf16, DType::bf16}, {DType::f16, DType::f16},
+                             {DType::bf16, DType::f32}, {DType::f16, DType::f32}, {DType::f64, DType::f32}, {DType::f32, DType::bf16}};
+  const Stages combinations[] = {{1, {0.3, 0}, false, 0}, {2, {0.0625, 0.7}, false, 0}, {0, {}, true, 0.1}, {2, {0.3, 0.0 / 0.0}, true, 0.7}, {2, {0x1p-20, 0.9}, true, 1e-3}};
+  const unsigned used = (1u << sizeof(O::slots) / sizeof(char*)) - 1;
+  for (auto& dtype : dtypes)
+    for (const Stages& stages : combinations)
+      for (int i = 0; i < isa_count; i++) {
+        if (!isas[i].supported()) continue;
+        auto fresh = [&] { random_state = 7; return make<O>(index, used, dtype[0], dtype[1], true, sizes, stages.averages); };
+        Case apart = fresh(), untouched = fresh();
+        run_apart(isas[0], apart, stages);
+        for (int threads : {1, 3}) {
+          Case c = fresh();
+          run_on(isas[i], c, threads, stages);
+          expect(hash_of(c, 1) == hash_of(apart, 1), "%s with %d factors, average %d, dtypes %d/%d: %s on %d threads differs", O::name, stages.factors, stages.averages, int(dtype[0]), int(dtype[1]), isas[i].name, threads);
+          bool same = true;
+          for (size_t r = 0; r < c.rows.size(); r++)
+            same &= !std::memcmp(c.tensors[r][1].data, untouched.tensors[r][1].data, size_t(c.tensors[r][1].extent * itemsize(dtype[0])));
+          expect(same, "%s: stages change a gradient", O::name);
+        }
+      }
+}
+
 template <class... O> static void check_all(std::tuple<O...>*) {
   int index = 0;
   (check<O>(index++), ...);
+  index = 0;
+  (check_stages<O>(index++), ...);
 }
 
 // A root divided by a known divisor must be the processor's division, for every mantissa, exponent and special value.
