@@ -1,6 +1,6 @@
 """What surrounds a step: whole training iterations part by part, steps with cold caches, functions against torch's.
 
-    python -m bench.loop [--quick] [--what iterations cold functions] [--threads N] [--candidates fastopt ...]
+    python -m bench.loop [--quick] [--what iterations cold functions whole] [--threads N] [--candidates fastopt ...]
                          [--json FILE]
 
 A step that is timed in a row of steps finds its tensors in the caches. In training it comes after a backward, which has
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .candidates import CANDIDATES, OPTIMIZERS, Problem, Unavailable, make, module_or_none
+from .candidates import CANDIDATES, LR, OPTIMIZERS, Problem, Unavailable, make, module_or_none
 from .measure import FULL, QUICK, Effort, compare_times, environment, interleave, rounds, summary
 from .report import environment_text, loop_text
 from .run import parser, save
@@ -29,6 +29,7 @@ from .workloads import WORKLOADS, Workload
 PARTS = ("zero_grad", "forward", "backward", "clip", "step", "average")
 OWN = ("zero_grad", "clip", "step", "average")  # what is not the model's
 MAX_NORM, DECAY = 1.0, 0.999
+FOLDED = "folded"  # the candidate that clips and averages inside the step
 CHECKED = 20  # iterations whose losses are compared
 # Of a loss, relatively. The norms differ by the rounding of torch's float32 sums, and torch's implementations among one
 # another by that of their updates; both are in the parameters of the next iteration.
@@ -151,17 +152,25 @@ class Training:
     """The training of one candidate: every one of a task sees the same numbers."""
 
     def __init__(self, task: Task, candidate: str) -> None:
+        folded, candidate = candidate == FOLDED, "fastopt" if candidate == FOLDED else candidate
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.model = task.model()
             self.batches = cycle([task.batch() for _ in range(8)])
-        params = list(self.model.parameters())
-        self.optimizer = CANDIDATES[candidate](OPTIMIZERS["Adam"], params, torch.float32)
+        model, params = self.model, list(self.model.parameters())
         self.loss, self.losses = task.loss, list[float]()
+        self.clip: Callable[[], Any] = lambda: None
+        self.average: Callable[[], Any] = lambda: None
         library: Any = module_or_none("fastopt") if candidate == "fastopt" else torch.nn.utils
+        if folded and library:
+            self.optimizer: Any = library.Adam(params, lr=LR, max_grad_norm=MAX_NORM, ema_decay=DECAY)
+            return
+        self.optimizer = CANDIDATES[candidate](OPTIMIZERS["Adam"], params, torch.float32)
         averages: Any = library.swa_utils if candidate == "fastopt" else torch.optim.swa_utils
-        self.clip = partial(library.clip_grad_norm_, **({"foreach": True} if candidate == "foreach" else {}))
-        self.average = averages.AveragedModel(self.model, multi_avg_fn=averages.get_ema_multi_avg_fn(DECAY))
+        clip = partial(library.clip_grad_norm_, **({"foreach": True} if candidate == "foreach" else {}))
+        average = averages.AveragedModel(model, multi_avg_fn=averages.get_ema_multi_avg_fn(DECAY))
+        self.clip = lambda: clip(model.parameters(), MAX_NORM)
+        self.average = lambda: average.update_parameters(model)
 
     def run(self, iterations: int, clock: Clock = time.perf_counter) -> list[float]:
         """Seconds of each part of an iteration, the mean of some."""
@@ -176,11 +185,11 @@ class Training:
             t2 = clock()
             loss.backward()
             t3 = clock()
-            clip(model.parameters(), MAX_NORM)
+            clip()
             t4 = clock()
             optimizer.step()
             t5 = clock()
-            average.update_parameters(model)
+            average()
             t6 = clock()
             for part, took in enumerate((t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4, t6 - t5)):
                 sums[part] += took
@@ -362,8 +371,62 @@ def measure_functions(workload: Workload, effort: Effort) -> Iterator[dict[str, 
     yield result("zero_grad(set_to_none=False)", interleave(calls, effort, calls))
 
 
-WHAT = ("iterations", "cold", "functions")
+class Whole:
+    """A step of Adam with all that surrounds it, clipping that multiplies: "folded", inside the step, or one by one."""
+
+    def __init__(self, workload: Workload, how: str, scaled: bool) -> None:
+        fastopt: Any = module_or_none("fastopt")
+        optim: Any = torch.optim if how == "torch" else fastopt
+        groups = Problem(workload, torch.float32).groups(torch.float32, copy_grads=True)
+        params = [param for group in groups for param in group["params"]]
+        fresh = Problem(workload, torch.float32).grads
+        self.grads = [(param, param.grad, values) for param, values in zip(params, fresh, strict=True)]
+        self.folded, self.scaled, self.model = how == FOLDED, scaled, nn.ParameterList(params)
+        options: dict[str, Any] = {"fused": True} if how == "torch" else {}
+        if self.folded:
+            options = {"max_grad_norm": MAX_NORM} | ({"ema_decay": DECAY} if scaled else {})
+        self.optimizer = optim.Adam(groups, **options)
+        self.clip = torch.nn.utils.clip_grad_norm_ if how == "torch" else fastopt.clip_grad_norm_
+        if scaled:
+            self.scaler = (fastopt if self.folded else torch.amp).GradScaler("cpu", init_scale=2.0)
+            self.scaler.scale(torch.ones(()))
+        if scaled and not self.folded:
+            ema = optim.swa_utils.get_ema_multi_avg_fn(DECAY)
+            self.average = optim.swa_utils.AveragedModel(self.model, multi_avg_fn=ema)
+
+    def prepare(self) -> None:
+        """New gradients, as by a backward."""
+        for param, grad, values in self.grads:
+            param.grad = grad.copy_(values)
+
+    def __call__(self) -> None:
+        if not self.folded:
+            if self.scaled:
+                self.scaler.unscale_(self.optimizer)
+            self.clip(self.model.parameters(), MAX_NORM)
+        if self.scaled:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        if self.scaled and not self.folded:
+            self.average.update_parameters(self.model)
+        self.optimizer.zero_grad()
+
+
+def measure_whole(workload: Workload, effort: Effort) -> Iterator[dict[str, Any]]:
+    for title, scaled in (("clip, step, zero_grad", False), ("unscale, clip, step, average, zero_grad", True)):
+        wholes = {how: Whole(workload, how, scaled) for how in (FOLDED, "fastopt", "torch")}
+        head = {"function": title, "workload": workload.name, "threads": torch.get_num_threads()}
+        times = single_calls(dict(wholes), lambda name, of=wholes: of[name].prepare(), effort)
+        del wholes
+        gc.collect()
+        yield head | compare_times(times, FOLDED)
+
+
+WHAT = ("iterations", "cold", "functions", "whole")
 OF_FUNCTIONS = ("two scalars", "mlp", "1000 x 256", "gpt2")
+OF_WHOLE = ("two scalars", "mlp", "1000 x 256", "465 groups", "resnet50", "gpt2")
 COLD = tuple(name for name in WORKLOADS if name != "64M")  # no warmer than cold
 
 
@@ -376,6 +439,7 @@ def main() -> int:
     # Short calls are timed one by one here: more rounds of less.
     effort, singles = (QUICK, QUICK) if quick else (FULL, Effort(seconds=5.0, min_rounds=7, max_rounds=400, batch=5e-3))
     candidates = [name for name in arguments.candidates if name != "deepspeed"]
+    training = [FOLDED] * ("fastopt" in candidates) + candidates
     document: dict[str, Any] = {"environment": environment()}
     print(environment_text(document["environment"]))
 
@@ -386,7 +450,7 @@ def main() -> int:
 
     if "iterations" in arguments.what:
         for task in TASKS.values():
-            add("iterations", measure_iterations(task, candidates, effort))
+            add("iterations", measure_iterations(task, training, effort))
     if "cold" in arguments.what:
         for name in ("two scalars", "mlp", "1000 x 256") if quick else COLD:
             add("cold", measure_cold(WORKLOADS[name], candidates, singles))
@@ -394,6 +458,10 @@ def main() -> int:
         for name in OF_FUNCTIONS[:3] if quick else OF_FUNCTIONS:
             for result in measure_functions(WORKLOADS[name], singles):
                 add("functions", result)
+    if "whole" in arguments.what and "fastopt" in candidates:
+        for name in OF_WHOLE[:4] if quick else OF_WHOLE:
+            for result in measure_whole(WORKLOADS[name], singles):
+                add("whole", result)
     print("\n" + loop_text(document))
     return int(any("fastopt" in result["refused"] for result in document.get("iterations", ())))
 

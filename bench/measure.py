@@ -94,13 +94,13 @@ def interleave(
     return times
 
 
-def compare_times(times: dict[str, list[float]]) -> dict[str, Any]:
-    """The part of a result that says how long: seconds of each candidate, and each one's time in units of fastopt's."""
-    result: dict[str, Any] = {"rounds": len(next(iter(times.values()))), "seconds": {}, "ratio": {}}
+def compare_times(times: dict[str, list[float]], unit: str = "fastopt") -> dict[str, Any]:
+    """The part of a result that says how long: seconds of each candidate, and each one's time in units of `unit`'s."""
+    result: dict[str, Any] = {"rounds": len(next(iter(times.values()))), "unit": unit, "seconds": {}, "ratio": {}}
     for name, numbers in times.items():
         result["seconds"][name] = summary(numbers)
-        if "fastopt" in times:
-            result["ratio"][name] = summary([a / b for a, b in zip(numbers, times["fastopt"], strict=True)])
+        if unit in times:
+            result["ratio"][name] = summary([a / b for a, b in zip(numbers, times[unit], strict=True)])
     return result
 
 

@@ -58,13 +58,13 @@ def of_roof(result: Result) -> float | None:
 
 
 def cell(result: Result, name: str) -> str:
-    """A candidate's column: fastopt's time; another's time in units of it, or its time where there is no fastopt."""
+    """A candidate's column: the time of the unit, as a rule fastopt's; another's in units of it, or its time."""
     seconds, ratio = median(result, "seconds", name), median(result, "ratio", name)
     if name in result.get("refused", {}):
         return "WRONG"
     if seconds is None:
         return "-"
-    if name == "fastopt" or ratio is None:
+    if name == result.get("unit", "fastopt") or ratio is None:
         spread = result["seconds"][name]
         return f"{duration(seconds)} ({spread['q20'] / seconds - 1:+.0%} {spread['q80'] / seconds - 1:+.0%})"
     return times(ratio)
@@ -175,6 +175,12 @@ def loop_text(document: dict[str, Any]) -> str:
         text += ["## Functions against torch's, warm\n"]
         lines = [[r["function"], r["workload"], cell(r, "fastopt"), cell(r, "torch")] for r in results]
         text += [table(["function", "workload", "fastopt", "torch"], lines), ""]
+    if results := document.get("whole"):
+        text += ["## What surrounds a step, and the step: inside it, and one by one, warm\n"]
+        lines = [
+            [r["function"], r["workload"], *(cell(r, name) for name in ("folded", "fastopt", "torch"))] for r in results
+        ]
+        text += [table(["what", "workload", "folded", "fastopt", "torch"], lines), ""]
     return "\n".join(text)
 
 

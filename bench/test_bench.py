@@ -181,7 +181,7 @@ def test_each_part_is_timed():
 
 @pytest.mark.parametrize("name", ["linear regression", "RL actor 64-64"])
 def test_losses_are_those_of_torch(one_thread, name):
-    result = loop.measure_iterations(TASKS[name], ["default", "foreach", "fused", "fastopt"], LITTLE)
+    result = loop.measure_iterations(TASKS[name], ["default", "foreach", "fused", "fastopt", "folded"], LITTLE)
     assert not result["refused"]
     assert result["seconds"].keys() == result["parts"].keys() == result["losses_off"].keys() >= {"default", "fused"}
     assert result["parts"]["fused"].keys() == set(PARTS)
@@ -227,3 +227,25 @@ def test_functions_are_called_on_what_they_shall_do(one_thread):
     ours(), theirs()
     assert torch.equal(ours.args[0][0], theirs.args[0][0]) and ours.args[0][0] is not ours.args[1][0]
     assert before.shape == theirs.args[0][0].shape
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_surrounds_a_step_is_the_same_inside_it(one_thread, scaled):
+    """The three leave the same parameters, as far as the rounding of torch's norm allows, and no gradient."""
+    pytest.importorskip("fastopt")
+    wholes = {how: loop.Whole(TINY, how, scaled) for how in ("folded", "fastopt", "torch")}
+    for whole in wholes.values():
+        for _ in range(3):
+            whole.prepare()
+            whole()
+        assert all(param.grad is None for param in whole.model)
+    for folded, apart, torchs in zip(*(whole.model for whole in wholes.values()), strict=True):
+        assert torch.equal(folded, apart)
+        torch.testing.assert_close(folded, torchs)
+    averages = [wholes["folded"].optimizer.state[param].get("ema") for param in wholes["folded"].model]
+    assert [average is None for average in averages] == [not scaled] * len(averages)
+    if scaled:
+        torch.testing.assert_close(averages, [param.detach() for param in wholes["torch"].average.module])
+    results = list(loop.measure_whole(TINY, LITTLE))
+    assert all(result["seconds"].keys() == wholes.keys() and result["unit"] == "folded" for result in results)
+    assert "unscale, clip, step" in report.loop_text({"whole": results})

@@ -5,7 +5,11 @@ import inspect
 import re
 from pathlib import Path
 
+import torch
+
 import fastopt
+
+from .optimizers import OWN_OPTIONS
 
 TESTS = Path(__file__).parent
 COMPLETE = ("dropin", "clients", "checkpoints", "compile", "distributed", "frameworks", "memory")
@@ -26,12 +30,17 @@ def test_features_and_tests():
 
 
 def test_api_page():
-    """docs/api.md renders every public name, below a call with the arguments and defaults that it has here."""
+    """docs/api.md renders every public name, below a call with the arguments and defaults that it has here.
+
+    Those that every optimizer has beside torch's stand on the page once.
+    """
     page = (TESTS.parent / "docs" / "api.md").read_text()
     entries = re.findall(r"^## (\w+)\n\n```py\n(\w+)(\(.*?\))\n```\n\n::: fastopt\.(\w+)$", page, re.M | re.S)
     modules = {name for name in fastopt.__all__ if inspect.ismodule(getattr(fastopt, name))}
     assert {name for name, *_ in entries} == set(fastopt.__all__) - modules and len(entries) == len({*entries})
     assert all(f"fastopt.{name}" in page for name in modules)
+    own = ", ".join(f"{key}={value}" for key, value in OWN_OPTIONS.items())
+    assert own in page.replace("\n", " ")
     for name, called, arguments, rendered in entries:
         assert name == called == rendered
         written = ast.parse(f"def f{arguments}: pass").body[0].args
@@ -39,6 +48,8 @@ def test_api_page():
         defaults = [ast.literal_eval(value) for value in written.defaults + written.kw_defaults]
         with_default = (positional + keyword)[-len(defaults) :] if defaults else []
         parameters = inspect.signature(getattr(fastopt, name)).parameters
+        if hasattr(torch.optim, name):
+            parameters = {key: value for key, value in parameters.items() if key not in OWN_OPTIONS}
         assert positional + keyword == list(parameters)
         assert keyword == [key for key, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY]
         assert dict(zip(with_default, defaults, strict=True)) == {
