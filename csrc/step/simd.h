@@ -12,6 +12,9 @@ namespace {
 
 typedef uint32_t Bits __attribute__((vector_size(FASTOPT_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(FASTOPT_VECTOR_BYTES / 2)));
+typedef int32_t Signed __attribute__((vector_size(FASTOPT_VECTOR_BYTES)));
+typedef uint64_t Wides __attribute__((vector_size(FASTOPT_VECTOR_BYTES)));
+typedef int16_t SignedHalves __attribute__((vector_size(FASTOPT_VECTOR_BYTES / 2)));
 
 // What differs between the two. Masked by hand: what g++ 12 has for the unmasked forms of AVX-512 warns of uninitialised variables.
 #if FASTOPT_VECTOR_BYTES == 64
@@ -23,6 +26,7 @@ inline Vector vector_sqrt(Vector a) { return _mm512_maskz_sqrt_ps(every, a); }
 inline Vector vector_larger(Vector a, Vector b) { return _mm512_maskz_max_ps(every, a, b); }
 inline Vector from_half(Halves a) { return _mm512_maskz_cvtph_ps(every, __m256i(a)); }
 inline Halves to_half(Vector a) { return Halves(_mm512_maskz_cvtps_ph(every, a, _MM_FROUND_TO_NEAREST_INT)); }
+inline Wides product(Wides a, uint32_t b) { return Wides(_mm512_maskz_mul_epu32(0xff, __m512i(a), _mm512_set1_epi64(b))); }
 inline Bits plus_bit_16(Bits a, Bits of) {
   return Bits(_mm512_mask_add_epi32(__m512i(a), _mm512_test_epi32_mask(__m512i(of), _mm512_set1_epi32(1 << 16)), __m512i(a), _mm512_set1_epi32(1)));
 }
@@ -34,6 +38,7 @@ inline Vector vector_sqrt(Vector a) { return _mm256_sqrt_ps(a); }
 inline Vector vector_larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 inline Vector from_half(Halves a) { return _mm256_cvtph_ps(__m128i(a)); }
 inline Halves to_half(Vector a) { return Halves(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+inline Wides product(Wides a, uint32_t b) { return Wides(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi64x(b))); }
 inline Bits plus_bit_16(Bits a, Bits of) { return a + (of >> 16 & 1); }
 #endif
 
@@ -90,6 +95,33 @@ template <bool split> inline void store(Floats a, Floats b, bfloat16* to) {
     a = select(a != a, Floats(NAN), a), b = select(b != b, Floats(NAN), b);
     write(__builtin_convertvector(rounded(a) >> 16, Halves), to);
     write(__builtin_convertvector(rounded(b) >> 16, Halves), to + lanes);
+  }
+}
+
+// ---- a pair of fp32 in two parts, as join() and part() of round.h have them
+
+inline Floats joined(Bits number, Bits remainder) {
+  const Floats both = Vector(number + remainder);
+  return select(both != both, Floats(Vector(number)), both);
+}
+template <bool split> inline void load(Floats& a, Floats& b, const bfloat16* from, const int16_t* remainders) {
+  if constexpr (split) {
+    const Bits both = read<Bits>(from), rest = read<Bits>(remainders);
+    a = joined(both << 16, Bits(Signed(rest << 16) >> 16)), b = joined(both & 0xffff0000, Bits(Signed(rest) >> 16));
+  } else {
+    a = joined(__builtin_convertvector(read<Halves>(from), Bits) << 16, Bits(__builtin_convertvector(read<SignedHalves>(remainders), Signed)));
+    b = joined(__builtin_convertvector(read<Halves>(from + lanes), Bits) << 16,
+               Bits(__builtin_convertvector(read<SignedHalves>(remainders + lanes), Signed)));
+  }
+}
+template <bool split> inline void store(Floats a, Floats b, bfloat16* to, int16_t* remainders) {
+  a = select(a != a, float_of(0x7fc00000), a), b = select(b != b, float_of(0x7fc00000), b);   // without a remainder
+  const Bits x = Bits(a.v), y = Bits(b.v), near_x = x + 0x8000, near_y = y + 0x8000;
+  if constexpr (split) {
+    write(near_x >> 16 | (near_y & 0xffff0000), to), write((x & 0xffff) | y << 16, remainders);
+  } else {
+    write(__builtin_convertvector(near_x >> 16, Halves), to), write(__builtin_convertvector(near_y >> 16, Halves), to + lanes);
+    write(__builtin_convertvector(x, Halves), remainders), write(__builtin_convertvector(y, Halves), remainders + lanes);
   }
 }
 
