@@ -19,7 +19,7 @@ class _Algorithm(Algorithm):
     def refusal(self, optimizer: Optimizer, group: Group, param: Tensor) -> Exception | None:
         if param.grad is not None and param.grad.is_sparse:
             return RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        return super().refusal(optimizer, group, param) or same_dtype(param)
+        return super().refusal(optimizer, group, param) or same_dtype(optimizer, param, "exp_avg")
 
 
 @drop_in

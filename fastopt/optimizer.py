@@ -10,6 +10,7 @@ tensor of a floating dtype.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -95,6 +96,7 @@ class FusedStep(_Base):
     _fastopt_plan: Any = None  # made by the extension at the first step; like _fastopt_gpu, never pickled or copied
     _fastopt_gpu: Any = None
     _fastopt_unscales: bool = False
+    _fastopt_state_dtype: torch.dtype | None = None  # as the constructor was told; pickled and copied
 
     if not TYPE_CHECKING:  # for a subclass's super(Adam, self).__init__(params, defaults), which is not torch's Adam's
         __init__ = Optimizer.__init__
@@ -113,6 +115,12 @@ class FusedStep(_Base):
         self._fastopt_unscales = value
         self._fastopt_plan = self._fastopt_gpu = None  # the next ones; the plan asks why torch's step should run
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept = super().__getstate__()
+        if self._fastopt_state_dtype is not None:
+            kept["_fastopt_state_dtype"] = self._fastopt_state_dtype
+        return kept
+
     # ---- loading
 
     @_disable_dynamo
@@ -120,8 +128,8 @@ class FusedStep(_Base):
         """Loads what ``state_dict()`` of this optimizer or of torch's returned.
 
         As in torch.optim, except that state of float32, bfloat16 or float16 keeps its dtype (torch casts it to the
-        parameter's) and that ``foreach``, ``fused``, ``capturable`` and ``differentiable`` keep the values of this
-        optimizer (torch takes the file's).
+        parameter's), or gets ``state_dtype`` if this optimizer was given one, and that ``foreach``, ``fused``,
+        ``capturable`` and ``differentiable`` keep the values of this optimizer (torch takes the file's).
 
         Raises:
             ValueError: the state of a parameter is incomplete or of another shape; nothing was loaded.
@@ -141,13 +149,17 @@ class FusedStep(_Base):
         def restore(_: Optimizer) -> None:
             for group, values in zip(self.param_groups, own, strict=True):
                 group.update(values)
-            capturable = {param: group.get("capturable") for group in self.param_groups for param in group["params"]}
+            groups = {param: group for group in self.param_groups for param in group["params"]}
             for param, entry in loaded:
+                capturable = groups[param].get("capturable")
+                slots, made_as = self._fastopt.slots(self, groups[param]), _state_dtype(self, param)
                 for name, value in entry.items():
                     if not torch.is_tensor(value):
                         continue
                     if name == "step":
-                        value = value.to(param.device, torch.float32) if capturable[param] else value.cpu()
+                        value = value.to(param.device, torch.float32) if capturable else value.cpu()
+                    elif name in slots and made_as is not None:
+                        value = value.to(param.device, made_as)
                     elif value.dtype in _KEPT and param.is_floating_point():
                         value = value.to(param.device)
                     else:
@@ -223,18 +235,30 @@ def _step_if_unwatched(self: Any, closure: Closure | None = None) -> Any:
 def drop_in(cls: type[Class]) -> type[Class]:
     """Gives a class the constructor and the `__setstate__` of torch's of the same name as its own.
 
-    But for what the constructor says with ``fused=True``: that the step unscales gradients.
+    But for what the constructor says with ``fused=True``, that the step unscales gradients; and with ``state_dtype``.
     """
     torchs: Any = getattr(torch.optim, cls.__name__)
     init = torchs.__init__
 
     @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, state_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        if state_dtype is not None:
+            if state_dtype not in _KEPT:
+                names = ", ".join(map(str, _KEPT))
+                raise ValueError(f"Invalid state_dtype: {state_dtype!r}; it must be one of {names}, or None")
+            if _C is None:
+                raise RuntimeError("state_dtype needs the C++ extension, without which every step is torch.optim's own")
         said_by_subclass = self._step_supports_amp_scaling
         init(self, *args, **kwargs)
         if self._step_supports_amp_scaling != said_by_subclass:
             self._step_supports_amp_scaling = said_by_subclass
+        if state_dtype is not None:
+            self._fastopt_state_dtype = state_dtype
+            _remake_state(self)
 
+    signature = inspect.signature(init)
+    own = inspect.Parameter("state_dtype", inspect.Parameter.KEYWORD_ONLY, default=None)
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[method-assign]
     cls.__setstate__ = torchs.__setstate__  # type: ignore[method-assign]
     return cls
@@ -336,9 +360,26 @@ def _new_state(self: Any, group: Group, param: Tensor) -> dict[str, Tensor]:
     state = {}
     if self._fastopt.has_step:
         state["step"] = _step_count(0.0, group, param)
+    like: dict[str, Any] = {"memory_format": torch.preserve_format, "requires_grad": False}
+    like["dtype"] = _state_dtype(self, param)
     for name, value in self._fastopt.slots(self, group).items():
-        state[name] = torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
+        state[name] = torch.full_like(param, value, **like)
     return state
+
+
+def _state_dtype(self: Any, param: Tensor) -> torch.dtype | None:
+    """What the state of a parameter was asked to be; None: as torch makes it. Of float64 and complex it always is."""
+    return self._fastopt_state_dtype if param.dtype in _KEPT else None
+
+
+@torch.no_grad()
+def _remake_state(self: Any) -> None:
+    """Gives state that torch's constructor has made the dtype that was asked for."""
+    for group in self.param_groups:
+        for param in group["params"]:
+            if param in self.state and _state_dtype(self, param) is not None:
+                new = _new_state(self, group, param)
+                self.state[param].update({name: new[name] for name in self._fastopt.slots(self, group)})
 
 
 def _unmake_state(self: Any, made: list[tuple[Tensor, dict[str, Any] | None]]) -> None:
@@ -385,9 +426,12 @@ def _step_count(value: float, group: Group, param: Tensor) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=param.device if group.get("capturable") else "cpu")
 
 
-def same_dtype(param: Tensor) -> Exception | None:
-    """For updates with a lerp, which torch does not promote."""
+def same_dtype(optimizer: Optimizer, param: Tensor, slot: str) -> Exception | None:
+    """For updates with a lerp of this slot, which torch does not promote."""
     assert param.grad is not None
-    if param.grad.dtype == param.dtype:
-        return None
-    return RuntimeError(f"expected dtype {param.dtype} for grad but got dtype {param.grad.dtype}")
+    if param.grad.dtype != param.dtype:
+        return RuntimeError(f"expected dtype {param.dtype} for grad but got dtype {param.grad.dtype}")
+    state = optimizer.state.get(param, {}).get(slot)
+    if state is not None and state.dtype != param.dtype:
+        return RuntimeError(f"torch's own step expected dtype {param.dtype} for {slot!r} but got dtype {state.dtype}")
+    return None

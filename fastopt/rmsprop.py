@@ -18,7 +18,7 @@ class _Algorithm(Algorithm):
 
     def refusal(self, optimizer: Optimizer, group: Group, param: Tensor) -> Exception | None:
         error = super().refusal(optimizer, group, param)
-        return error or (same_dtype(param) if group["centered"] else None)
+        return error or (same_dtype(optimizer, param, "grad_avg") if group["centered"] else None)
 
 
 @drop_in

@@ -41,9 +41,19 @@ class Row:
     def make_ours(self, options):
         return lambda params: self.ours(params, **options)
 
-    def make_reference(self, options):
-        """torch's for-loop; to be stepped by `reference.step`."""
-        return lambda params: self.theirs(params, foreach=False, **options)
+    def make_reference(self, options, state_dtype=None):
+        """torch's for-loop; to be stepped by `reference.step`, with the same state_dtype."""
+
+        def make(params):
+            optimizer = self.theirs(params, foreach=False, **options)
+            if state_dtype is not None:  # of state that its constructor makes, too
+                for param, state in optimizer.state.items():
+                    if "sum" in state and param.dtype != torch.float64:
+                        initial = optimizer.defaults["initial_accumulator_value"]
+                        state["sum"] = torch.full_like(param, initial, dtype=state_dtype, requires_grad=False)
+            return optimizer
+
+        return make
 
     def combinations(self):
         """The full products, without what the constructor refuses."""

@@ -14,9 +14,9 @@ typedef uint32_t Bits __attribute__((vector_size(FASTOPT_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(FASTOPT_VECTOR_BYTES / 2)));
 typedef int32_t Signed __attribute__((vector_size(FASTOPT_VECTOR_BYTES)));
 typedef uint64_t Wides __attribute__((vector_size(FASTOPT_VECTOR_BYTES)));
-typedef int16_t SignedHalves __attribute__((vector_size(FASTOPT_VECTOR_BYTES / 2)));
 
-// What differs between the two. Masked by hand: what g++ 12 has for the unmasked forms of AVX-512 warns of uninitialised variables.
+// What differs between the two; write_halves() takes numbers of 16 bits. Masked by hand: what g++ 12 has for the unmasked forms of AVX-512
+// warns of uninitialised variables. By hand as well where __builtin_convertvector takes g++ 12 twice as many instructions.
 #if FASTOPT_VECTOR_BYTES == 64
 typedef __m512 Vector;
 constexpr __mmask16 every = 0xffff;
@@ -26,6 +26,12 @@ inline Vector vector_sqrt(Vector a) { return _mm512_maskz_sqrt_ps(every, a); }
 inline Vector vector_larger(Vector a, Vector b) { return _mm512_maskz_max_ps(every, a, b); }
 inline Vector from_half(Halves a) { return _mm512_maskz_cvtph_ps(every, __m256i(a)); }
 inline Halves to_half(Vector a) { return Halves(_mm512_maskz_cvtps_ph(every, a, _MM_FROUND_TO_NEAREST_INT)); }
+inline Bits zero_extended(Halves a) { return Bits(_mm512_maskz_cvtepu16_epi32(every, __m256i(a))); }
+inline Bits sign_extended(Halves a) { return Bits(_mm512_maskz_cvtepi16_epi32(every, __m256i(a))); }
+inline void write_halves(Bits a, Bits b, void* to) {
+  const Halves halves[] = {__builtin_convertvector(a, Halves), __builtin_convertvector(b, Halves)};
+  std::memcpy(to, halves, sizeof halves);
+}
 inline Wides product(Wides a, uint32_t b) { return Wides(_mm512_maskz_mul_epu32(0xff, __m512i(a), _mm512_set1_epi64(b))); }
 inline Bits plus_bit_16(Bits a, Bits of) {
   return Bits(_mm512_mask_add_epi32(__m512i(a), _mm512_test_epi32_mask(__m512i(of), _mm512_set1_epi32(1 << 16)), __m512i(a), _mm512_set1_epi32(1)));
@@ -38,6 +44,12 @@ inline Vector vector_sqrt(Vector a) { return _mm256_sqrt_ps(a); }
 inline Vector vector_larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 inline Vector from_half(Halves a) { return _mm256_cvtph_ps(__m128i(a)); }
 inline Halves to_half(Vector a) { return Halves(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+inline Bits zero_extended(Halves a) { return Bits(_mm256_cvtepu16_epi32(__m128i(a))); }
+inline Bits sign_extended(Halves a) { return Bits(_mm256_cvtepi16_epi32(__m128i(a))); }
+inline void write_halves(Bits a, Bits b, void* to) {
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(__m256i(a), __m256i(b)), 0xd8);
+  std::memcpy(to, &halves, sizeof halves);
+}
 inline Wides product(Wides a, uint32_t b) { return Wides(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi64x(b))); }
 inline Bits plus_bit_16(Bits a, Bits of) { return a + (of >> 16 & 1); }
 #endif
@@ -84,8 +96,7 @@ template <bool split> inline void load(Floats& a, Floats& b, const bfloat16* fro
     const Bits both = read<Bits>(from);
     a = Vector(both << 16), b = Vector(both & 0xffff0000);
   } else {
-    a = Vector(__builtin_convertvector(read<Halves>(from), Bits) << 16);
-    b = Vector(__builtin_convertvector(read<Halves>(from + lanes), Bits) << 16);
+    a = Vector(zero_extended(read<Halves>(from)) << 16), b = Vector(zero_extended(read<Halves>(from + lanes)) << 16);
   }
 }
 template <bool split> inline void store(Floats a, Floats b, bfloat16* to) {
@@ -93,8 +104,7 @@ template <bool split> inline void store(Floats a, Floats b, bfloat16* to) {
     write(rounded(a) >> 16 | (rounded(b) & 0xffff0000), to);
   } else {
     a = select(a != a, Floats(NAN), a), b = select(b != b, Floats(NAN), b);
-    write(__builtin_convertvector(rounded(a) >> 16, Halves), to);
-    write(__builtin_convertvector(rounded(b) >> 16, Halves), to + lanes);
+    write_halves(rounded(a) >> 16, rounded(b) >> 16, to);
   }
 }
 
@@ -109,9 +119,8 @@ template <bool split> inline void load(Floats& a, Floats& b, const bfloat16* fro
     const Bits both = read<Bits>(from), rest = read<Bits>(remainders);
     a = joined(both << 16, Bits(Signed(rest << 16) >> 16)), b = joined(both & 0xffff0000, Bits(Signed(rest) >> 16));
   } else {
-    a = joined(__builtin_convertvector(read<Halves>(from), Bits) << 16, Bits(__builtin_convertvector(read<SignedHalves>(remainders), Signed)));
-    b = joined(__builtin_convertvector(read<Halves>(from + lanes), Bits) << 16,
-               Bits(__builtin_convertvector(read<SignedHalves>(remainders + lanes), Signed)));
+    a = joined(zero_extended(read<Halves>(from)) << 16, sign_extended(read<Halves>(remainders)));
+    b = joined(zero_extended(read<Halves>(from + lanes)) << 16, sign_extended(read<Halves>(remainders + lanes)));
   }
 }
 template <bool split> inline void store(Floats a, Floats b, bfloat16* to, int16_t* remainders) {
@@ -120,8 +129,7 @@ template <bool split> inline void store(Floats a, Floats b, bfloat16* to, int16_
   if constexpr (split) {
     write(near_x >> 16 | (near_y & 0xffff0000), to), write((x & 0xffff) | y << 16, remainders);
   } else {
-    write(__builtin_convertvector(near_x >> 16, Halves), to), write(__builtin_convertvector(near_y >> 16, Halves), to + lanes);
-    write(__builtin_convertvector(x, Halves), remainders), write(__builtin_convertvector(y, Halves), remainders + lanes);
+    write_halves(near_x >> 16, near_y >> 16, to), write_halves(x & 0xffff, y & 0xffff, remainders);
   }
 }
 
