@@ -54,6 +54,8 @@ class Adam(FusedStep, torch.optim.Adam):
         capturable: True reads all that may change on the GPU, for CUDA graph capture. Default False.
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
         decoupled_weight_decay: shrink the parameter instead of changing the gradient, which is AdamW. Default False.
+        state_dtype: of state tensors that are made or loaded, torch.float32, bfloat16 or float16; not for float64 and
+            complex parameters. None: the parameter's, and loaded state keeps its own. Default None.
 
     Differs from torch.optim.Adam: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
     float32 and rounded once; loaded state keeps its dtype (not float64); ``foreach`` and ``fused`` choose nothing.
@@ -106,6 +108,8 @@ class AdamW(Adam, torch.optim.AdamW):
         foreach, fused: as in torch.optim; the fused step runs whatever they say. Default None.
         capturable: True reads all that may change on the GPU, for CUDA graph capture. Default False.
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
+        state_dtype: of state tensors that are made or loaded, torch.float32, bfloat16 or float16; not for float64 and
+            complex parameters. None: the parameter's, and loaded state keeps its own. Default None.
 
     Differs from torch.optim.AdamW: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
     float32 and rounded once; loaded state keeps its dtype (not float64); ``foreach`` and ``fused`` choose nothing.

@@ -44,6 +44,8 @@ class SGD(FusedStep, torch.optim.SGD):
         maximize: ascend instead of descend. Default False.
         foreach, fused: as in torch.optim; the fused step runs whatever they say. Default None.
         differentiable: True lets autograd pass through the step and leaves it to torch. Default False.
+        state_dtype: of state tensors that are made or loaded, torch.float32, bfloat16 or float16; not for float64 and
+            complex parameters. None: the parameter's, and loaded state keeps its own. Default None.
 
     Differs from torch.optim.SGD: bfloat16 and float16 parameters are stepped in float32 and rounded once;
     loaded state keeps its dtype (not float64); ``foreach`` and ``fused`` choose nothing.
