@@ -151,15 +151,15 @@ class FusedStep(_Base):
                 group.update(values)
             groups = {param: group for group in self.param_groups for param in group["params"]}
             for param, entry in loaded:
-                capturable = groups[param].get("capturable")
-                slots, made_as = self._fastopt.slots(self, groups[param]), _state_dtype(self, param)
+                capturable, state_dtype = groups[param].get("capturable"), _state_dtype(self, param)
+                slots = {} if state_dtype is None else self._fastopt.slots(self, groups[param])
                 for name, value in entry.items():
                     if not torch.is_tensor(value):
                         continue
                     if name == "step":
                         value = value.to(param.device, torch.float32) if capturable else value.cpu()
-                    elif name in slots and made_as is not None:
-                        value = value.to(param.device, made_as)
+                    elif name in slots:
+                        value = value.to(param.device, state_dtype)
                     elif value.dtype in _KEPT and param.is_floating_point():
                         value = value.to(param.device)
                     else:

@@ -42,7 +42,11 @@ void draw_all(uint64_t seed, uint64_t step, uint32_t position, int64_t begin, in
   Randoms(seed, step, position).draw(begin, n, to);
 }
 
-constexpr Conversions conversions = {{&part_all<false>, &part_all<true>}, {&join_all<false>, &join_all<true>}, &narrow_all<bfloat16>, &narrow_all<float16>, &draw_all};
+constexpr Conversions conversions = {{&part_all<false>, &part_all<true>},
+                                     {&join_all<false>, &join_all<true>},
+                                     &narrow_all<bfloat16>,
+                                     &narrow_all<float16>,
+                                     &draw_all};
 
 }  // namespace
 }  // namespace fastopt

@@ -26,7 +26,8 @@ struct Format {
   int mantissa_bits;
   std::vector<uint32_t> last;                     // of each pattern without sign, up to infinity: the largest number that becomes it
 
-  Format(const char* name, DType dtype, int mantissa_bits, bool ties_to_even = true) : name(name), dtype(dtype), mantissa_bits(mantissa_bits) {
+  Format(const char* name, DType dtype, int mantissa_bits, bool ties_to_even = true)
+      : name(name), dtype(dtype), mantissa_bits(mantissa_bits) {
     for (uint16_t h = 0; h < infinity(); h++) {
       const float middle = float((value(h) + value(uint16_t(h + 1))) / 2);
       last.push_back(bits_of(middle) - (ties_to_even ? h & 1 : 1));   // which belongs to the even one, or to that further from zero
@@ -241,8 +242,9 @@ bool parts_join(const Conversions& isa, int parted) {
     isa.join[parted](stored, remainders.data(), joined.data(), n);
     unsigned wrong = 0;
     for (size_t i = 0; i < n; i++) {
-      const bool is_nan = (patterns[i] & ~sign32) > infinity32, stays_nan = (bits_of(joined[i]) & ~sign32) > infinity32 && remainders[i] == 0;
-      wrong |= is_nan ? !stays_nan : bits_of(joined[i]) ^ patterns[i];
+      const uint32_t again = bits_of(joined[i]);
+      const bool is_nan = (patterns[i] & ~sign32) > infinity32, stays_nan = (again & ~sign32) > infinity32 && remainders[i] == 0;
+      wrong |= is_nan ? !stays_nan : again ^ patterns[i];
     }
     if (wrong) std::fill_n(stored, n, uint16_t(patterns[0] >> 16 ^ sign16));   // which none of them becomes
   });
@@ -259,11 +261,9 @@ bool joins_whatever_was_written(const Conversions& isa, int parted) {
     std::fill(remainders.begin(), remainders.end(), int16_t(remainder));
     isa.join[parted](numbers.data(), remainders.data(), joined.data(), numbers.size());
     for (size_t h = 0; h < 1 << 16; h++) {
-      const uint16_t magnitude = h & ~sign16;
-      const uint32_t sign = uint32_t(h & sign16) << 16;
-      if (magnitude > 0x7f80) good &= joined[h] != joined[h];
-      else if (magnitude == 0) good &= bits_of(joined[h]) == (sign | uint32_t(std::max(remainder, 0)));
-      else good &= bits_of(joined[h]) == (sign | (magnitude == 0x7f80 ? infinity32 + uint32_t(std::min(remainder, 0)) : (uint32_t(magnitude) << 16) + uint32_t(remainder)));
+      const uint32_t sign = uint32_t(h & sign16) << 16, magnitude = uint32_t(h & ~sign16) << 16;
+      const int kept = magnitude == 0 ? std::max(remainder, 0) : magnitude == infinity32 ? std::min(remainder, 0) : remainder;
+      good &= magnitude > infinity32 ? joined[h] != joined[h] : bits_of(joined[h]) == (sign | (magnitude + uint32_t(kept)));
     }
   }
   return good;
@@ -294,8 +294,10 @@ template <class F> bool rounds_with_probability(const Format& format, F narrow) 
     }
   };
   for (uint64_t pattern = 0; pattern < uint64_t(1) << 32; pattern += 4093) add(uint32_t(pattern));
-  for (size_t h = 0; h < values.size(); h++)
-    for (uint32_t near : {format.last[h] - 1, format.last[h], bits_of(float(values[h])), bits_of(float(values[h])) + 1}) add(near), add(near | sign32);
+  for (size_t h = 0; h < values.size(); h++) {
+    const uint32_t itself = bits_of(float(values[h]));
+    for (uint32_t near : {format.last[h] - 1, format.last[h], itself, itself + 1}) add(near), add(near | sign32);
+  }
   stored.resize(numbers.size());
   narrow(numbers.data(), randoms.data(), stored.data(), numbers.size());
   unsigned wrong = 0;
@@ -314,7 +316,8 @@ bool philox_is_known() {
   for (auto& [c0, c1, c2, c3, k0, k1, w0, w1, w2, w3] : known) {
     uint64_t words[4] = {c0, c1, c2, c3};
     philox(words, k0, k1);
-    for (auto [word, expected] : {std::pair(words[0], w0), {words[1], w1}, {words[2], w2}, {words[3], w3}}) good &= uint32_t(word) == expected;
+    const uint32_t expected[] = {w0, w1, w2, w3};
+    for (int i = 0; i < 4; i++) good &= uint32_t(words[i]) == expected[i];
   }
   return good;
 }
@@ -371,8 +374,9 @@ void check(const Conversions& isa, const char* name) {
     expect(parts_join(isa, parted), "%s joins the parts of numbers, parted %d", name, parted);
     expect(joins_whatever_was_written(isa, parted), "%s joins numbers written from outside, parted %d", name, parted);
   }
-  expect(rounds_with_probability(Format("bfloat16", DType::bf16, 7), isa.narrow_stochastically_bf16), "%s rounds to bfloat16 with random bits", name);
-  expect(rounds_with_probability(Format("float16", DType::f16, 10), isa.narrow_stochastically_f16), "%s rounds to float16 with random bits", name);
+  const Format bf16("bfloat16", DType::bf16, 7), f16("float16", DType::f16, 10);
+  expect(rounds_with_probability(bf16, isa.narrow_stochastically_bf16), "%s rounds to bfloat16 with random bits", name);
+  expect(rounds_with_probability(f16, isa.narrow_stochastically_f16), "%s rounds to float16 with random bits", name);
   expect(draws_what_philox_says(isa), "%s draws random bits", name);
   expect(is_unbiased(isa), "%s rounds to the mean", name);
 }
