@@ -45,26 +45,29 @@ def kernel(name: str) -> Callable[..., None]:
         is_python_module=False,
     )
     function = ctypes.CDLL(os.path.join(cache_dir, f"fastopt_roof_{name}.so")).roof
-    function.argtypes, function.restype = [ctypes.c_int64] * 7, None
+    function.argtypes, function.restype = [ctypes.c_int64] * 8, None
     return function
 
 
 def roof_step(optimizer: torch.optim.Optimizer, row: Row) -> Callable[[], None]:
     """A function that moves the bytes of one step of this optimizer (which has stepped before) and changes no value."""
-    addresses, ends, total, itemsize = [], [], 0, 4
+    addresses, ends, total, kinds = [], [], 0, set()
     for group in optimizer.param_groups:
         for param in group["params"]:
             operands = [param, param.grad, *(optimizer.state[param][slot] for slot in row.slots)]
-            if len({operand.dtype for operand in operands}) > 1:
-                raise ValueError(f"roof: operands differ in dtype: {[operand.dtype for operand in operands]}")
-            itemsize = param.itemsize
-            total += param.numel() * itemsize
-            addresses.append([operand.data_ptr() for operand in operands] + [0] * (5 - len(operands)))
+            kinds.add(tuple(operand.itemsize for operand in operands))
+            total += param.numel()
+            addresses.append([operand.data_ptr() for operand in operands])
             ends.append(total)
+    if len(kinds) > 1:
+        raise ValueError(f"roof: parameters differ in the sizes of their elements: {kinds}")
+    itemsizes = torch.tensor(*kinds)
+    written = torch.tensor([operand != 1 for operand in range(len(itemsizes))]).long()
     table, bounds = torch.tensor(addresses), torch.tensor(ends)
-    function, slots, count = kernel(isa()), len(row.slots), len(ends)
+    arrays, function = (table, bounds, itemsizes, written), kernel(isa())
 
     def step() -> None:
-        function(table.data_ptr(), bounds.data_ptr(), count, slots, itemsize, torch.get_num_threads(), 0)
+        rows, ends_at, sizes, writes = (array.data_ptr() for array in arrays)
+        function(rows, ends_at, len(bounds), sizes, writes, len(itemsizes), torch.get_num_threads(), 0)
 
     return step

@@ -106,16 +106,16 @@ def test_the_roof_changes_nothing(optimizer, dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("slots", [0, 1, 2, 3])
-def test_the_roof_writes_every_element(slots, itemsize, threads):
+@pytest.mark.parametrize("itemsizes", [(2, 2), (4, 4, 4), (2, 2, 4, 4), (4, 4, 2, 2, 4)], ids=str)
+def test_the_roof_writes_every_element(itemsizes, threads):
     """With a `zero` that is not zero every word of every written operand changes, and nothing beyond."""
     sizes, guard = [1, 0, 33, 1000, 64], 64
-    dtype = {2: torch.int16, 4: torch.int32}[itemsize]
-    tensors = [[torch.full((size + guard,), 1 << k, dtype=dtype) for k in range(2 + slots)] for size in sizes]
-    table = torch.tensor([[t.data_ptr() for t in row] + [0] * (3 - slots) for row in tensors])
-    ends = torch.tensor([size * itemsize for size in sizes]).cumsum(0)
-    roof.kernel(roof.isa())(table.data_ptr(), ends.data_ptr(), len(sizes), slots, itemsize, threads, -1)
+    dtypes = [{2: torch.int16, 4: torch.int32}[itemsize] for itemsize in itemsizes]
+    tensors = [[torch.full((size + guard,), 1 << k, dtype=kind) for k, kind in enumerate(dtypes)] for size in sizes]
+    table, ends = torch.tensor([[t.data_ptr() for t in row] for row in tensors]), torch.tensor(sizes).cumsum(0)
+    kinds, written = torch.tensor(itemsizes), torch.tensor([k != 1 for k in range(len(itemsizes))]).long()
+    arrays = table.data_ptr(), ends.data_ptr(), len(sizes), kinds.data_ptr(), written.data_ptr(), len(itemsizes)
+    roof.kernel(roof.isa())(*arrays, threads, -1)
     for size, row in zip(sizes, tensors, strict=True):
         for operand, tensor in enumerate(row):
             changed = tensor != 1 << operand

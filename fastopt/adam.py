@@ -19,7 +19,7 @@ class _Algorithm(Algorithm):
     def refusal(self, optimizer: Optimizer, group: Group, param: Tensor) -> Exception | None:
         if param.grad is not None and param.grad.is_sparse:
             return RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        return super().refusal(optimizer, group, param) or same_dtype(param)
+        return super().refusal(optimizer, group, param) or same_dtype(optimizer, param, "exp_avg")
 
 
 @drop_in
@@ -59,6 +59,8 @@ class Adam(FusedStep, torch.optim.Adam):
         error_if_nonfinite: refuse a step that clips and whose norm is NaN or infinite. Default False.
         ema_decay: keep a running average of every parameter, ``state[param]["ema"]``, updated inside the step: how much
             of it is kept, in [0, 1]. May be changed between steps. Default None: no average.
+        state_dtype: of state tensors that are made or loaded, torch.float32, bfloat16 or float16; not for float64 and
+            complex parameters. None: the parameter's, and loaded state keeps its own. Default None.
 
     Differs from torch.optim.Adam: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
     float32 and rounded once; loaded state keeps its dtype (not float64); ``foreach`` and ``fused`` choose nothing.
@@ -116,6 +118,8 @@ class AdamW(Adam, torch.optim.AdamW):
         error_if_nonfinite: refuse a step that clips and whose norm is NaN or infinite. Default False.
         ema_decay: keep a running average of every parameter, ``state[param]["ema"]``, updated inside the step: how much
             of it is kept, in [0, 1]. May be changed between steps. Default None: no average.
+        state_dtype: of state tensors that are made or loaded, torch.float32, bfloat16 or float16; not for float64 and
+            complex parameters. None: the parameter's, and loaded state keeps its own. Default None.
 
     Differs from torch.optim.AdamW: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
     float32 and rounded once; loaded state keeps its dtype (not float64); ``foreach`` and ``fused`` choose nothing.

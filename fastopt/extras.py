@@ -14,6 +14,7 @@ from torch import Tensor
 from .backends import _C, torch_steps
 from .clip_grad import clip_grad_norm_
 
+KEPT = (torch.float32, torch.bfloat16, torch.float16)  # what the arithmetic for every parameter holds
 EMA = "ema"  # the key in a parameter's state of its running average
 
 
@@ -34,12 +35,17 @@ class Options:
     names.
     """
 
-    def __init__(self, error_if_nonfinite: bool = False, **changing: float | None):
-        self.error_if_nonfinite = error_if_nonfinite
+    def __init__(
+        self, error_if_nonfinite: bool = False, state_dtype: torch.dtype | None = None, **changing: float | None
+    ):
+        self.error_if_nonfinite, self.state_dtype = error_if_nonfinite, state_dtype
         self.given = {name: value for name, value in changing.items() if value is not None}
         for name, value in self.given.items():
             _CHECKS[name](value)
-        if self.given and _C is None:
+        if state_dtype is not None and state_dtype not in KEPT:
+            names = ", ".join(map(str, KEPT))
+            raise ValueError(f"Invalid state_dtype: {state_dtype!r}; it must be one of {names}, or None")
+        if self.any() and _C is None:
             raise RuntimeError(NO_EXTENSION)
         self.norm: Tensor | None = None  # of the last step, if it was not the plan's
         self.searched: tuple[float, float] | None = None  # by fastopt.GradScaler: the inverse scale, and the norm
@@ -48,18 +54,30 @@ class Options:
     grad_scale: Tensor | float | None = None
     found_inf: Tensor | float | None = None
 
+    def any(self) -> bool:
+        """Whether there is anything that torch's optimizers do not do."""
+        return bool(self.given) or self.state_dtype is not None
+
+    def skips(self, optimizer: Any) -> bool:
+        """Whether the step is to be left out: a scaler found infinities."""
+        return self.found_inf is not None and not optimizer._step_supports_amp_scaling and bool(self.found_inf != 0)
+
     def of_step(self, optimizer: Any) -> Extras | None:
-        """For the step that begins; None if it is to be left out, since a scaler found infinities."""
+        """For the step that begins; None if it is the update alone."""
         max_norm, ema_decay = self._value(optimizer, "max_grad_norm"), self._value(optimizer, "ema_decay")
         inverse_scale = norm = None
         if self.searched is not None:
             inverse_scale, norm = self.searched
-        elif not optimizer._step_supports_amp_scaling:  # else its own step unscales
-            if self.found_inf is not None and self.found_inf != 0:
-                return None
+        elif self.grad_scale is not None and not optimizer._step_supports_amp_scaling:  # else its own step unscales
             inverse_scale = _inverse(self.grad_scale)
         self.norm = None
+        if max_norm is None and ema_decay is None and inverse_scale is None:
+            return None
         return Extras(max_norm, self.error_if_nonfinite, inverse_scale, norm, ema_decay)
+
+    def state_dtype_of(self, param: Tensor) -> torch.dtype | None:
+        """What the state of a parameter shall be; None: as torch makes it, also of float64 and complex ones."""
+        return self.state_dtype if param.dtype in KEPT else None
 
     def _value(self, optimizer: Any, name: str) -> float | None:
         if name not in self.given:
@@ -122,17 +140,15 @@ def copy_averages(optimizer: Any, params: list[Tensor]) -> None:
         optimizer.state[param][EMA].copy_(param)
 
 
-NO_EXTENSION = "max_grad_norm and ema_decay need fastopt's C++ extension, which this installation lacks"
+NO_EXTENSION = "max_grad_norm, ema_decay and state_dtype need fastopt's C++ extension, which this installation lacks"
 
 
 def all_params(optimizer: Any) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def _inverse(scale: Tensor | float | None) -> float | None:
+def _inverse(scale: Tensor | float) -> float:
     """The factor with which torch.amp.GradScaler.unscale_ multiplies."""
-    if scale is None:
-        return None
     return float(torch.as_tensor(scale).double().reciprocal().float())
 
 

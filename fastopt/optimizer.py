@@ -25,6 +25,7 @@ from torch.optim.optimizer import Optimizer
 from .backends import _C, torch_steps
 from .extras import (
     EMA,
+    KEPT,
     Extras,
     GradNorm,
     Options,
@@ -39,7 +40,6 @@ from .extras import (
 Group = dict[str, Any]
 Closure = Callable[[], Any]
 Class = TypeVar("Class", bound=Optimizer)
-_KEPT = (torch.float32, torch.bfloat16, torch.float16)  # what the arithmetic for every parameter holds
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 # What torch's step calls of its object; the last is an older torch's name of the one before.
 _PARTS_OF_STEP = ("_init_group", "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
@@ -144,8 +144,8 @@ class FusedStep(_Base):
         """Loads what ``state_dict()`` of this optimizer or of torch's returned.
 
         As in torch.optim, except that state of float32, bfloat16 or float16 keeps its dtype (torch casts it to the
-        parameter's) and that ``foreach``, ``fused``, ``capturable`` and ``differentiable`` keep the values of this
-        optimizer (torch takes the file's).
+        parameter's), or gets ``state_dtype`` if this optimizer was given one, and that ``foreach``, ``fused``,
+        ``capturable`` and ``differentiable`` keep the values of this optimizer (torch takes the file's).
 
         Raises:
             ValueError: the state of a parameter is incomplete or of another shape; nothing was loaded.
@@ -165,14 +165,18 @@ class FusedStep(_Base):
         def restore(_: Optimizer) -> None:
             for group, values in zip(self.param_groups, own, strict=True):
                 group.update(values)
-            capturable = {param: group.get("capturable") for group in self.param_groups for param in group["params"]}
+            groups = {param: group for group in self.param_groups for param in group["params"]}
             for param, entry in loaded:
+                capturable, state_dtype = groups[param].get("capturable"), _state_dtype(self, param)
+                slots = {} if state_dtype is None else self._fastopt.slots(self, groups[param])
                 for name, value in entry.items():
                     if not torch.is_tensor(value):
                         continue
                     if name == "step":
-                        value = value.to(param.device, torch.float32) if capturable[param] else value.cpu()
-                    elif value.dtype in _KEPT and param.is_floating_point():
+                        value = value.to(param.device, torch.float32) if capturable else value.cpu()
+                    elif name in slots:
+                        value = value.to(param.device, state_dtype)
+                    elif value.dtype in KEPT and param.is_floating_point():
                         value = value.to(param.device)
                     else:
                         continue
@@ -266,15 +270,17 @@ def drop_in(cls: type[Class]) -> type[Class]:
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
         ema_decay: float | None = None,
+        state_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         said_by_subclass = self._step_supports_amp_scaling
-        options = Options(error_if_nonfinite, max_grad_norm=max_grad_norm, ema_decay=ema_decay)
+        options = Options(error_if_nonfinite, state_dtype, max_grad_norm=max_grad_norm, ema_decay=ema_decay)
         init(self, *args, **kwargs)
-        if options.given:
+        if options.any():
             self._fastopt_options = options
             for name, value in options.given.items():
                 setattr(self, name, value)
+            _remake_state(self)
         if self._step_supports_amp_scaling != said_by_subclass:
             self._step_supports_amp_scaling = said_by_subclass
 
@@ -296,18 +302,16 @@ def _step(self: Any, closure: Closure | None) -> Any:
             loss = closure()
     if self._fastopt_gpu is not None:
         self._fastopt_gpu.begin(self)
-    if self._fastopt_options is None:
-        if answer := _C.step(self):
-            _follow(self, answer)
-    elif (extras := self._fastopt_options.of_step(self)) is not None:
-        _step_with(extras, self)
+    options = self._fastopt_options
+    if options is None or not options.skips(self):
+        _step_with(None if options is None else options.of_step(self), self)
     return loss
 
 
-def _step_with(extras: Extras, self: Any) -> None:
+def _step_with(extras: Extras | None, self: Any) -> None:
     if answer := _C.step(self, None, extras):
         _follow(self, answer, extras)
-    if extras.ema_decay is not None and (others := _C.without_gradient(self)):
+    if extras is not None and extras.ema_decay is not None and (others := _C.without_gradient(self)):
         average(self, [param for param in others if EMA in self.state.get(param, ())], extras.ema_decay)
 
 
@@ -418,9 +422,25 @@ def _new_state(self: Any, group: Group, param: Tensor) -> dict[str, Tensor]:
     state = {}
     if self._fastopt.has_step:
         state["step"] = _step_count(0.0, group, param)
+    like: dict[str, Any] = {"memory_format": torch.preserve_format, "requires_grad": False}
+    like["dtype"] = _state_dtype(self, param)
     for name, value in self._fastopt.slots(self, group).items():
-        state[name] = torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
+        state[name] = torch.full_like(param, value, **like)
     return state
+
+
+def _state_dtype(self: Any, param: Tensor) -> torch.dtype | None:
+    return None if self._fastopt_options is None else self._fastopt_options.state_dtype_of(param)
+
+
+@torch.no_grad()
+def _remake_state(self: Any) -> None:
+    """Gives state that torch's constructor has made the dtype that was asked for."""
+    for group in self.param_groups:
+        for param in group["params"]:
+            if param in self.state and _state_dtype(self, param) is not None:
+                new = _new_state(self, group, param)
+                self.state[param].update({name: new[name] for name in self._fastopt.slots(self, group)})
 
 
 def _unmake_state(self: Any, made: list[tuple[Tensor, dict[str, Any] | None]]) -> None:
@@ -467,9 +487,12 @@ def _step_count(value: float, group: Group, param: Tensor) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=param.device if group.get("capturable") else "cpu")
 
 
-def same_dtype(param: Tensor) -> Exception | None:
-    """For updates with a lerp, which torch does not promote."""
+def same_dtype(optimizer: Optimizer, param: Tensor, slot: str) -> Exception | None:
+    """For updates with a lerp of this slot, which torch does not promote."""
     assert param.grad is not None
-    if param.grad.dtype == param.dtype:
-        return None
-    return RuntimeError(f"expected dtype {param.dtype} for grad but got dtype {param.grad.dtype}")
+    if param.grad.dtype != param.dtype:
+        return RuntimeError(f"expected dtype {param.dtype} for grad but got dtype {param.grad.dtype}")
+    state = optimizer.state.get(param, {}).get(slot)
+    if state is not None and state.dtype != param.dtype:
+        return RuntimeError(f"torch's own step expected dtype {param.dtype} for {slot!r} but got dtype {state.dtype}")
+    return None

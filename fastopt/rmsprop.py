@@ -18,7 +18,7 @@ class _Algorithm(Algorithm):
 
     def refusal(self, optimizer: Optimizer, group: Group, param: Tensor) -> Exception | None:
         error = super().refusal(optimizer, group, param)
-        return error or (same_dtype(param) if group["centered"] else None)
+        return error or (same_dtype(optimizer, param, "grad_avg") if group["centered"] else None)
 
 
 @drop_in
@@ -58,6 +58,8 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
         error_if_nonfinite: refuse a step that clips and whose norm is NaN or infinite. Default False.
         ema_decay: keep a running average of every parameter, ``state[param]["ema"]``, updated inside the step: how much
             of it is kept, in [0, 1]. May be changed between steps. Default None: no average.
+        state_dtype: of state tensors that are made or loaded, torch.float32, bfloat16 or float16; not for float64 and
+            complex parameters. None: the parameter's, and loaded state keeps its own. Default None.
 
     Differs from torch.optim.RMSprop: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
     float32 and rounded once; loaded state keeps its dtype (not float64); ``foreach`` chooses nothing.

@@ -1,7 +1,7 @@
 """Correctly rounded arithmetic that reads the same for fp32 and fp64; the update functions are written with it.
 
 On fp32, Triton's `/` and `tl.sqrt` are approximations; its `_rn` forms are exact but refuse fp64, where the plain ones
-are exact.
+are exact. At the end, fp32 in two parts and rounding with random bits, as in csrc/step/round.h and philox.h.
 """
 
 import torch
@@ -102,3 +102,56 @@ def power(base, exponent):
         base = product
         exponent >>= 1
     return result + result_lost
+
+
+# fp32 in two parts of 16 bits, and rounding with random bits
+
+
+@triton.jit
+def join(number, remainder):
+    """The fp32 number of a bf16 number and its int16 remainder; the bf16 number where the remainder is another's."""
+    bits = number.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    joined = (bits + remainder.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.where(joined == joined, joined, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def part(value):
+    """The nearest bf16 number, of two the one further from zero, and the int16 remainder that `join` adds to it."""
+    bits = value.to(tl.uint32, bitcast=True)
+    bits = tl.where(value == value, bits, 0x7FC00000)
+    number = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return number, bits.to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def narrow_stochastically(value, random, S: tl.constexpr):
+    """An fp32 value in S, bf16 or fp16: away from zero with the probability of what is cut off, by 16 random bits."""
+    bits = value.to(tl.uint32, bitcast=True)
+    random = random.to(tl.uint32)
+    if S == tl.bfloat16:
+        rounded = tl.where(value == value, (bits + random) >> 16, 0x7FC0)
+    else:
+        tl.static_assert(S == tl.float16)
+        magnitude = bits & 0x7FFFFFFF
+        is_small = magnitude < 113 << 23
+        small = tl.where(is_small, magnitude, 0).to(tl.float32, bitcast=True)
+        subnormal = ((small * 2.0**40).to(tl.int32).to(tl.uint32, bitcast=True) + random) >> 16
+        normal = (magnitude - (112 << 23) + (random >> 3)) >> 13
+        finite = tl.where(is_small, subnormal, normal)
+        special = tl.where(magnitude > 0x7F800000, 0x7E00, 0x7C00)
+        rounded = (bits >> 16 & 0x8000) | tl.where(magnitude >= 0x47800000, special, finite)
+    return rounded.to(tl.uint16).to(S, bitcast=True)
+
+
+@triton.jit
+def random_bits(key0, key1, counter1, counter2, counter3, block, place):
+    """16 random bits, as uint32, of the element at a place, 0 to 7, of a block (int64): those of csrc/step/philox.h.
+
+    The rest are uint32, of the tensor. Blocks and places broadcast: words are made once for each of `block`.
+    """
+    low = block.to(tl.uint32)
+    high = counter1 + (block >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox_impl(low, high, low * 0 + counter2, low * 0 + counter3, key0, key1)
+    word = tl.where(place < 4, tl.where(place < 2, a, b), tl.where(place < 6, c, d))
+    return word >> (place & 1).to(tl.uint32) * 16 & 0xFFFF

@@ -11,7 +11,7 @@ import torch
 import fastopt
 
 # The keywords that our constructors have beside torch's, and their defaults.
-OWN_OPTIONS = {"max_grad_norm": None, "error_if_nonfinite": False, "ema_decay": None}
+OWN_OPTIONS = {"max_grad_norm": None, "error_if_nonfinite": False, "ema_decay": None, "state_dtype": None}
 
 # 1 - 0.50000001 is below one half, but not any more once rounded to float32: lerp takes its other branch there.
 BARELY_HALF = 0.50000001
@@ -44,9 +44,19 @@ class Row:
     def make_ours(self, options):
         return lambda params: self.ours(params, **options)
 
-    def make_reference(self, options):
-        """torch's for-loop; to be stepped by `reference.step`."""
-        return lambda params: self.theirs(params, foreach=False, **options)
+    def make_reference(self, options, state_dtype=None):
+        """torch's for-loop; to be stepped by `reference.step`, with the same state_dtype."""
+
+        def make(params):
+            optimizer = self.theirs(params, foreach=False, **options)
+            if state_dtype is not None:  # of state that its constructor makes, too
+                for param, state in optimizer.state.items():
+                    if "sum" in state and param.dtype != torch.float64:
+                        initial = optimizer.defaults["initial_accumulator_value"]
+                        state["sum"] = torch.full_like(param, initial, dtype=state_dtype, requires_grad=False)
+            return optimizer
+
+        return make
 
     def combinations(self):
         """The full products, without what the constructor refuses."""

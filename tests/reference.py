@@ -47,16 +47,20 @@ def correctly_rounded_sqrt():
         torch.Tensor.sqrt, torch.Tensor.sqrt_, torch.sqrt = originals
 
 
-def step(optimizer):
-    """One step of `optimizer`, a torch.optim one with foreach=False, as the contract asks for it."""
+def step(optimizer, state_dtype=None):
+    """One step of `optimizer`, a torch.optim one with foreach=False, as the contract asks for it.
+
+    `state_dtype` is that of state which the step makes, but for float64 parameters; None: the parameter's.
+    """
     with correctly_rounded_sqrt():
-        if all(_stored_as_computed(optimizer, p) for group in optimizer.param_groups for p in group["params"]):
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if state_dtype is None and all(_stored_as_computed(optimizer, param) for param in params):
             optimizer.step()
         else:
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     if param.grad is not None:
-                        _step_widened(optimizer, group, param)
+                        _step_widened(optimizer, group, param, state_dtype)
 
 
 def _stored_as_computed(optimizer, param):
@@ -69,8 +73,9 @@ def _tensors(state):
     return {name: t for name, t in state.items() if isinstance(t, torch.Tensor) and name != "step"}
 
 
-def _step_widened(optimizer, group, param):
+def _step_widened(optimizer, group, param, state_dtype=None):
     """Steps a widened copy of one parameter of `group` alone, then rounds it and its state to their own dtypes."""
+    made_as = param.dtype if param.dtype == torch.float64 or state_dtype is None else state_dtype
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     wide = param.detach().to(compute, copy=True)
     wide.grad = param.grad.to(compute)
@@ -89,7 +94,7 @@ def _step_widened(optimizer, group, param):
         if name in stored:
             stored[name].copy_(value)
         else:
-            state[name] = value if name == "step" or value is None else value.to(param.dtype)
+            state[name] = value if name == "step" or value is None else value.to(made_as)
     if state:
         optimizer.state[param] = state
 

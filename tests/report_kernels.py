@@ -64,7 +64,7 @@ def main() -> None:
             )
 
 
-SHOWN = [(F32, F32), (F64, F64), (BF16, BF16), (BF16, F32)]
+SHOWN = [(F32, F32), (F64, F64), (BF16, BF16), (BF16, F32), (F32, BF16)]
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,7 @@
 """Checkpoints that change hands between torch.optim and fastopt in mid-training, and those that are refused."""
 
 import copy
+import functools
 import io
 
 import pytest
@@ -139,6 +140,31 @@ def test_state_of_every_dtype_loads_and_steps(row, stored, saved):
     before = param.detach().clone()
     drive(optimizer, [[torch.randn(9).to(stored)]] * 2)
     assert not torch.equal(param, before) and param.isfinite().all()
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES[:3], ids=str)
+@pytest.mark.parametrize("stored", STATE_DTYPES[:4], ids=str)
+@every_row
+def test_state_dtype_converts_what_is_loaded(row, stored, state_dtype):
+    """From torch's file and from ours of any dtype, rounded to nearest even; torch casts ours to its parameter's."""
+    values, grads = [torch.randn(9).to(stored)], [[torch.randn(9).to(stored)] for _ in range(2)]
+    for make in (row.theirs, row.ours, functools.partial(row.ours, state_dtype=torch.float16)):
+        other = make(fresh(values), **row.plain)
+        drive(other, grads)
+        file = through_a_file(other.state_dict())
+        file["state"][0]["another"] = torch.ones(9)
+        optimizer = row.ours(fresh(values), **row.plain, state_dtype=state_dtype)
+        optimizer.load_state_dict(file)
+        (entry,), ours = optimizer.state.values(), torch.float64 if stored == torch.float64 else state_dtype
+        assert entry["another"].dtype == torch.float32  # of somebody else
+        for name in row.slots:
+            kept = file["state"][0][name].dtype == ours or stored != torch.float64
+            assert_same_bits(entry[name], file["state"][0][name].to(ours if kept else entry[name].dtype), name)
+        drive(optimizer, grads)
+        back = row.theirs(fresh(values), **row.plain)
+        back.load_state_dict(through_a_file(optimizer.state_dict()))
+        for name in row.slots:
+            assert_same_bits(back.state[back.param_groups[0]["params"][0]][name], entry[name].to(stored), name)
 
 
 def without(saved, name):

@@ -227,7 +227,7 @@ def test_signature_and_help(row):
     assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs] + own
     described = inspect.getdoc(row.ours)
     assert "Args:" in described and ">>>" in described and "Mixin" not in described
-    assert all(parameter.name in described for parameter in ours)
+    assert all(name in described for name in inspect.signature(row.ours).parameters)
 
 
 @every_row
@@ -335,6 +335,31 @@ def test_whole_optimizer_through_a_file(row):
             return [*first, *second, *train(optimizer, model)]
 
         same_as_torch(row, scenario)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_row
+def test_state_dtype_belongs_to_the_object(row, dtype):
+    """Not to its groups, defaults or checkpoints; copies have it, and make the state of later parameters with it."""
+    state_dtype = torch.float16
+    model = small_model().to(dtype)
+    optimizer = row.ours(model.parameters(), **row.plain, state_dtype=state_dtype)
+    plain = row.ours(small_model().parameters(), **row.plain)
+    assert optimizer.defaults.keys() == plain.defaults.keys() and repr(optimizer) == repr(plain)
+    assert optimizer.state_dict()["param_groups"] == plain.state_dict()["param_groups"]
+    for duplicate in (copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
+        twin = duplicate(optimizer)
+        added = [nn.Parameter(torch.ones(5, dtype=kind)) for kind in (dtype, torch.float64)]
+        twin.add_param_group({"params": added})
+        for param in [param for group in twin.param_groups for param in group["params"]]:
+            param.grad = torch.ones_like(param)
+        twin.step()
+        twin.param_groups.pop()  # which a copy shares
+        states = [twin.state.pop(param) for param in added]
+        wide = states.pop()
+        assert {wide[name].dtype for name in row.slots} == {torch.float64}
+        for state in (*states, *(twin.state[param] for param in twin.param_groups[0]["params"])):
+            assert {state[name].dtype for name in row.slots} == {state_dtype}
 
 
 ADDED_OPTIONS = (

@@ -167,6 +167,35 @@ def test_bits_of_the_cpp_backend(row, dtypes):
             assert len(stand_in.launches) == launches
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtypes", [(F32, BF16), (F32, F16), (BF16, F32), (F16, BF16)], ids=str)
+@every_row
+def test_state_dtype_on_the_gpu(row, dtypes, capturable):
+    """Made in it, in one launch, with the bits of the C++ backend."""
+    dtype, state_dtype = dtypes
+    how = {"capturable": True} if capturable else {}
+    if capturable and "capturable" not in row.theirs([torch.zeros(1)]).defaults:
+        pytest.skip("torch's has no such option")
+
+    def steps(how):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in (5, CHUNK + 3, 64)]
+        optimizer = row.ours(params, **row.plain, **how, state_dtype=state_dtype)
+        found = []
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape).to(dtype)
+            optimizer.step()
+            found.append(snapshot(optimizer))
+        assert {optimizer.state[param][name].dtype for param in params for name in row.slots} == {state_dtype}
+        return found
+
+    expected = steps({})
+    with triton_serves_cpu_tensors() as stand_in:
+        assert_same_bits(steps(how), expected)
+    assert len(stand_in.launches) == (6 if capturable else 3)
+
+
 @every_row
 def test_plan_follows_changes(row, gpu):
     """Parameters added, replaced and removed, state loaded and in another dtype, groups reordered: as on the CPU."""

@@ -97,6 +97,7 @@ KEPT = {
     "bf16 parameters, fp32 state": (lambda row: {}, {torch.bfloat16: torch.float32}),
     "fp32 parameters, bf16 state": (lambda row: {}, {torch.float32: torch.bfloat16}),
     "fp64 parameters, fp16 state": (lambda row: {}, {torch.float64: torch.float16}),
+    "state_dtype": (lambda row: {"state_dtype": torch.bfloat16}, {}),
     "lr tensor": (lambda row: {"lr": lr_tensor(row)}, {}),
     "lr tensor of fp64, bf16 state": (
         lambda row: {"lr": lr_tensor(row, torch.float64)},
@@ -104,6 +105,7 @@ KEPT = {
     ),
     "capturable": (lambda row: {"capturable": True}, {}),
     "capturable, fp32 state": (lambda row: {"capturable": True}, {torch.bfloat16: torch.float32}),
+    "capturable, state_dtype": (lambda row: {"capturable": True, "state_dtype": torch.float32}, {}),
     "capturable, lr tensor": (lambda row: {"capturable": True, "lr": lr_tensor(row)}, {}),
 }
 
@@ -166,11 +168,12 @@ def mesh():
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", [sharded_model, tensor_parallel_model], ids=lambda model: model.__name__)
 @every_row
-def test_step_of_dtensors_is_only_compared(row, model, mesh):
+def test_step_of_dtensors_is_only_compared(row, model, state_dtype, mesh):
     params, loss = model(mesh)
-    optimizer = row.ours(params, **row.plain)
+    optimizer = row.ours(params, **row.plain, state_dtype=state_dtype)
 
     def step():
         optimizer.zero_grad()
@@ -184,6 +187,11 @@ def test_step_of_dtensors_is_only_compared(row, model, mesh):
         step()
     assert fastopt._C.counters() == before
     assert not any(torch.equal(param.to_local(), value) for param, value in zip(params, local, strict=True))
+    for param in params:
+        for name in row.slots:
+            state = optimizer.state[param][name]
+            assert state.placements == param.placements and state.dtype == state.to_local().dtype
+            assert state.dtype == (state_dtype or torch.float32)
 
 
 def change_state(optimizer, change):

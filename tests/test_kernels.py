@@ -21,8 +21,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from tests.tools import driver, reference_np, sass  # noqa: E402
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]  # of param and grad, of state
-RARE_DTYPES = [(F32, BF16), (F32, F16), (F64, F32)]
+DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16)]  # of param and grad, of state
+DTYPES += [(BF16, F32), (F16, F32), (F32, BF16), (F32, F16)]
+RARE_DTYPES = [(F64, F32), (BF16, F16)]
 
 # For each algorithm the masks of state slots in use; step counts and hyper-parameters, with every flag on and off.
 MASKS = {
@@ -386,6 +387,128 @@ def test_power(hopper):
         exact = decimal.Decimal(base) ** int(exponent) if exponent else decimal.Decimal(1)
         error = abs(decimal.Decimal(got) - exact)
         assert error <= decimal.Decimal(float(np.spacing(float(exact)))) * decimal.Decimal("0.51"), (base, exponent)
+
+
+# fp32 in two parts, and rounding with random bits: what the native tests say of C++
+
+
+@triton.jit
+def parts_kernel(values, numbers, remainders, joined, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number, remainder = arithmetic.part(tl.load(values + i))
+    tl.store(numbers + i, number)
+    tl.store(remainders + i, remainder)
+    tl.store(joined + i, arithmetic.join(number, remainder))
+
+
+@triton.jit
+def join_kernel(numbers, remainders, joined, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(joined + i, arithmetic.join(tl.load(numbers + i), tl.load(remainders + i)))
+
+
+@triton.jit
+def narrow_kernel(values, randoms, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    random = tl.load(randoms + i)
+    tl.store(out + i, arithmetic.narrow_stochastically(tl.load(values + i), random, out.dtype.element_ty))
+
+
+@triton.jit
+def random_kernel(numbers, out, BLOCK: tl.constexpr):
+    seed, step, position, first = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    counter1, counter2, counter3 = (step >> 32).to(tl.uint32) << 16, step.to(tl.uint32), position.to(tl.uint32)
+    i = tl.arange(0, BLOCK)[:, None]
+    place = tl.arange(0, 8)[None, :]
+    bits = arithmetic.random_bits(key0, key1, counter1, counter2, counter3, first // 8 + i.to(tl.int64), place)
+    tl.store(out + i * 8 + place, bits.to(tl.uint16).to(tl.int16, bitcast=True))
+
+
+def around_every_16_bits(dtype):
+    """Every number of a 16-bit dtype as fp32, what lies just beside it and beside the middle to the next; NaN too."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[::7].float().view(torch.int32)
+    middle = 2**15 if dtype == BF16 else 2**12
+    near = [numbers + offset for offset in (-1, 0, 1, middle - 1, middle, middle + 1)]
+    return torch.cat(near)[: len(near) * len(numbers) // 128 * 128].view(F32)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_parts_join(arch):
+    values = around_every_16_bits(BF16)
+    numbers, remainders = torch.empty_like(values, dtype=BF16), torch.empty_like(values, dtype=torch.int16)
+    joined, nan = torch.empty_like(values), values.isnan()
+    with driver.installed(arch, races=True):
+        parts_kernel[(len(values) // 128,)](values, numbers, remainders, joined, BLOCK=128, enable_fp_fusion=False)
+    assert torch.equal(bits(joined)[~nan], bits(values)[~nan])
+    assert numbers[nan].isnan().all() and not remainders[nan].any() and joined[nan].isnan().all()
+    away = torch.where(bits(values) & 0xFFFF == 0x8000, bits(values) + 1, bits(values)).view(F32)  # of ties
+    assert torch.equal(bits(numbers)[~nan], bits(away.to(BF16))[~nan])
+
+
+def test_join_follows_what_was_written_from_outside(hopper):
+    """Zeros and infinities stay where the remainder of another number would make NaN; NaN stays."""
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -3e38, 1e-40]
+    numbers = torch.tensor(special, dtype=BF16).repeat_interleave(16)
+    remainders = torch.tensor([-0x8000, -0x7FFF, -77, -1, 0, 1, 123, 0x7FFF] * 16, dtype=torch.int16)
+    joined = torch.empty(128)
+    join_kernel[(1,)](numbers, remainders, joined, BLOCK=128, enable_fp_fusion=False)
+    wide = bits(numbers).long() & 0xFFFF
+    magnitude = (wide & 0x7FFF) << 16
+    expected = magnitude + torch.where(magnitude == 0, remainders.clip(min=0), remainders)
+    expected = torch.where(magnitude == 0x7F80 << 16, magnitude + remainders.clip(max=0), expected)
+    expected = (expected | (wide & 0x8000) << 16).to(torch.int32)
+    nan = numbers.isnan()
+    assert torch.equal(bits(joined)[~nan], expected[~nan]) and joined[nan].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_rounding_with_random_bits(arch, dtype):
+    """Up where the random bits reach what the probability says; what 16 bits hold stays."""
+    values = around_every_16_bits(dtype)
+    magnitudes = torch.arange((0x7F80 if dtype == BF16 else 0x7C00) + 1).to(torch.int16).view(dtype).double()
+    magnitudes[-1] = 2 * magnitudes[-2] - magnitudes[-3]  # what infinity would be as a number
+    wanted = values.double().abs()
+    below = torch.searchsorted(magnitudes, wanted.nan_to_num(0), right=True) - 1
+    above = (below + 1).clip(max=len(magnitudes) - 1)
+    share = ((wanted - magnitudes[below]) / (magnitudes[above] - magnitudes[below])).nan_to_num(0, 0, 0)
+    turn = 2**16 - (share * 2**16).floor().long()
+    sign, nan = bits(values).long() >> 16 & 0x8000, values.isnan()
+    for random in (0 * turn, (turn - 1).clip(max=2**16 - 1), turn.clip(max=2**16 - 1), 0 * turn + 2**16 - 1):
+        got, random16 = torch.empty_like(values, dtype=dtype), random.to(torch.uint16)
+        with driver.installed(arch, races=True):
+            narrow_kernel[(len(values) // 128,)](values, random16, got, BLOCK=128, enable_fp_fusion=False)
+        expected = (sign | below + (random >= turn)).to(torch.int32).to(torch.int16)
+        assert torch.equal(bits(got)[~nan], expected[~nan]) and got[nan].isnan().all()
+
+
+def philox(counter, key):
+    """Philox 4x32-10 of Salmon et al. (SC 2011) in Python's integers."""
+    (a, b, c, d), (e, f) = counter, key
+    for _ in range(10):
+        low, high = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = high >> 32 ^ b ^ e, high & 0xFFFFFFFF, low >> 32 ^ d ^ f, low & 0xFFFFFFFF
+        e, f = (e + 0x9E3779B9) & 0xFFFFFFFF, (f + 0xBB67AE85) & 0xFFFFFFFF
+    return a, b, c, d
+
+
+PLACES = [(0, 1, 0, 0), (2**64 - 1, 2**48 - 1, 2**32 - 1, 2**50 + 8), (2**40 + 3, 7, 2, 2**35 - 64)]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_random_bits(hopper, place):
+    """Those of csrc/step/philox.h; the published words of Random123's kat_vectors are the reference's too."""
+    digits = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+    assert philox((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert philox(*digits) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+    numbers, got = torch.from_numpy(np.array(place, np.uint64).astype(np.int64)), torch.empty(1024, dtype=torch.int16)
+    random_kernel[(1,)](numbers, got, BLOCK=128, enable_fp_fusion=False)
+    seed, step, position, first = place
+    for element, found in enumerate(got.tolist(), first):
+        counter = element >> 3 & 0xFFFFFFFF, element >> 35 | step >> 32 << 16, step & 0xFFFFFFFF, position
+        word = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))[element % 8 // 2]
+        assert found & 0xFFFF == word >> 16 * (element % 2) & 0xFFFF
 
 
 # What the machine code says

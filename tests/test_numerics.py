@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -19,6 +20,7 @@ from .optimizers import ROWS
 from .reference import assert_same_bits, drive, fresh, run
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that state can be asked to be
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -58,14 +60,16 @@ def instruction_set(name):
         fastopt._C.set_isa(previous)
 
 
-def check(row, options, params, grads_per_step, prepare=None, threads=(1,)):
+def check(row, options, params, grads_per_step, prepare=None, threads=(1,), state_dtype=None):
     """Compares fastopt on every ISA with the reference after every step; the arguments are those of `run`."""
-    expected = run(row.make_reference(options), params, grads_per_step, reference.step, prepare)
+    step = functools.partial(reference.step, state_dtype=state_dtype)
+    expected = run(row.make_reference(options, state_dtype), params, grads_per_step, step, prepare)
     for number, isa in itertools.product(threads, fastopt._C.isas()):
         torch.set_num_threads(number)
         with instruction_set(isa):
-            actual = run(row.make_ours(options), params, grads_per_step, None, prepare)
-        assert_same_bits(actual, expected, f"{row.name} {options}, {isa}, {number} threads: step")
+            make = row.make_ours({**options, "state_dtype": state_dtype})
+            actual = run(make, params, grads_per_step, None, prepare)
+        assert_same_bits(actual, expected, f"{row.name} {options}, {state_dtype}, {isa}, {number} threads: step")
 
 
 def test_every_class_has_a_row_a_functor_and_a_kernel():
@@ -134,6 +138,33 @@ def test_every_combination_of_options(row, dtype):
     for (without_first, *options), group_options in optimizers.items():
         grads = [step_grads[without_first:] * len(group_options) for step_grads in grads_per_step]
         check(row, dict(options), groups_of(values[without_first:], group_options), grads)
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+@every_row
+def test_every_combination_of_options_with_state_of_a_dtype(row, state_dtype):
+    """Rounded once in a step, to nearest even; of float64 parameters it stays float64."""
+    for dtype in DTYPES:
+        values, grads_per_step = problem(dtype)
+        optimizers = {}
+        for options in filter(numbers_only, row.combinations()):
+            key = tuple((name, options[name]) for name in row.constructor_only if name in options)
+            optimizers.setdefault(key, []).append(options)
+        for options, group_options in optimizers.items():
+            grads = [step_grads * len(group_options) for step_grads in grads_per_step[:6]]
+            check(row, dict(options), groups_of(values, group_options), grads, state_dtype=state_dtype)
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+@every_row
+def test_state_of_a_dtype_at_every_size_and_stride(row, state_dtype):
+    """On one and two threads; contiguous gradients of parameters that are not."""
+    for dtype in DTYPES:
+        sizes = [*range(70), 511, 513, 4097]
+        params = [*normal(sum(sizes), dtype=dtype).split(sizes), normal(40, 30, dtype=dtype).t()]
+        params.append(normal(200_003, dtype=dtype))
+        grads_per_step = [[normal(*p.shape, dtype=dtype) for p in params] for _ in range(3)]
+        check(row, row.plain, params, grads_per_step, threads=(1, 2), state_dtype=state_dtype)
 
 
 @every_dtype

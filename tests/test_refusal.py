@@ -332,6 +332,34 @@ def stepped_once(row):
     return optimizer, param
 
 
+@pytest.mark.parametrize("value", [torch.float64, torch.int16, torch.complex64, "bfloat16", 16, True])
+@every_row
+def test_state_dtype_that_state_cannot_be(row, value):
+    with pytest.raises(ValueError, match=f"state_dtype: {value!r};"):
+        row.ours([torch.nn.Parameter(torch.ones(3))], **row.plain, state_dtype=value)
+
+
+@every_row
+def test_torchs_own_step_of_state_with_another_dtype(row):
+    """Where torch would stop half-way, before anything is changed; else torch's step takes it."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = row.ours(params, **row.plain, state_dtype=torch.bfloat16)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones(3)
+        optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.param_groups[0]["differentiable"] = True
+    slot = {"adam": "exp_avg", "rmsprop": "grad_avg"}.get(row.module)
+    with torch.no_grad():
+        if slot is None:
+            optimizer.step()
+        else:
+            with pytest.raises(RuntimeError, match=f"'{slot}' but got dtype torch.bfloat16 .parameter 0"):
+                optimizer.step()
+            assert_same_bits(snapshot(optimizer), before)
+
+
 @every_row
 def test_factors_that_are_not_finite_are_refused(row):
     """Where torch divides by zero; a step count that no counter has is nothing else."""

@@ -68,6 +68,10 @@ inline void for_runs(S* data, const Layout* layout, int operand, int64_t begin, 
   }
 }
 
+template <class T> constexpr DType held_as = DType::f32;
+template <> constexpr DType held_as<double> = DType::f64;
+template <> constexpr DType held_as<bfloat16> = DType::bf16;
+template <> constexpr DType held_as<float16> = DType::f16;
 template <class F> inline void with_type(DType dtype, void* data, F f) {
   switch (dtype) {
     case DType::f32: return f(static_cast<float*>(data));
@@ -215,12 +219,16 @@ Update find_direct(const Row& row) {
     if (!first && row.dtype[k] != state) return nullptr;
     state = row.dtype[k], first = 0;
   }
-  if (!runs_directly(param, state)) return nullptr;
-  if (param == DType::f32) return find_update<float, float, float>(row);
-  if (param == DType::f64) return find_update<double, double, double>(row);
-  const bool wide_state = state != param;
-  if (param == DType::bf16) return wide_state ? find_update<float, bfloat16, float>(row) : find_update<float, bfloat16, bfloat16>(row);
-  return wide_state ? find_update<float, float16, float>(row) : find_update<float, float16, float16>(row);
+  Update found = nullptr;
+  with_type(param, nullptr, [&](auto* of_param) {
+    with_type(state, nullptr, [&](auto* of_state) {
+      using P = std::remove_pointer_t<decltype(of_param)>;
+      using S = std::remove_pointer_t<decltype(of_state)>;
+      using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
+      if constexpr (runs_directly(held_as<P>, held_as<S>)) found = find_update<T, P, S>(row);
+    });
+  });
+  return found;
 }
 
 // `grad`: of these elements, if it is not the row's.

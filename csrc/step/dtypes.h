@@ -14,6 +14,8 @@ constexpr int64_t itemsize(DType dtype) { return dtype == DType::f64 ? 8 : dtype
 constexpr bool computes_in_f64(DType param) { return param == DType::f64; }
 
 // Whether an update runs on memory itself, all of a parameter's state being of one dtype; else on blocks that are converted (apply.h).
-constexpr bool runs_directly(DType param, DType state) { return state == param || (itemsize(param) == 2 && state == DType::f32); }
+constexpr bool runs_directly(DType param, DType state) {
+  return state == param || (itemsize(param) == 2 && state == DType::f32) || (param == DType::f32 && itemsize(state) == 2);
+}
 
 }  // namespace fastopt

@@ -2,16 +2,16 @@
 // themselves, by rows whose arithmetic is exact, so that what is stored is one number rounded once.
 //
 // The reference knows no bit tricks: what a pattern stands for is an integer times a power of two, and a number belongs to the pattern
-// that is nearest to it. So the fp32 numbers that become one pattern are those up to the middle between it and the next.
+// that is nearest to it. So the fp32 numbers that become one pattern are those up to the middle between it and the next. And the two parts
+// of an fp32 number, rounding with random bits, and those bits.
 #include <algorithm>
 #include <cmath>
 #include <thread>
 #include <vector>
 
-#include "checks.h"
+#include "conversions.h"
 #include "step/algorithms.h"
 #include "step/isa.h"
-#include "step/round.h"
 
 using namespace fastopt;
 
@@ -26,10 +26,11 @@ struct Format {
   int mantissa_bits;
   std::vector<uint32_t> last;                     // of each pattern without sign, up to infinity: the largest number that becomes it
 
-  Format(const char* name, DType dtype, int mantissa_bits) : name(name), dtype(dtype), mantissa_bits(mantissa_bits) {
+  Format(const char* name, DType dtype, int mantissa_bits, bool ties_to_even = true)
+      : name(name), dtype(dtype), mantissa_bits(mantissa_bits) {
     for (uint16_t h = 0; h < infinity(); h++) {
       const float middle = float((value(h) + value(uint16_t(h + 1))) / 2);
-      last.push_back(bits_of(middle) - (h & 1));  // which belongs to the even one
+      last.push_back(bits_of(middle) - (ties_to_even ? h & 1 : 1));   // which belongs to the even one, or to that further from zero
     }
     last.push_back(infinity32);
   }
@@ -229,9 +230,169 @@ template <class T> void check(const Format& format) {
   }
 }
 
+// ---- fp32 in two parts
+
+// Both parts of every pattern: the nearest, and what joins to the same pattern. `parted`: 1 where vectors have even or odd elements.
+bool parts_join(const Conversions& isa, int parted) {
+  return nearest_for_all(Format("bfloat16", DType::bf16, 7, false), STRIDE, [&](const uint32_t* patterns, uint16_t* stored, size_t n) {
+    thread_local std::vector<float> numbers(block_size), joined(block_size);
+    thread_local std::vector<int16_t> remainders(block_size);
+    std::memcpy(numbers.data(), patterns, n * 4);
+    isa.part[parted](numbers.data(), stored, remainders.data(), n);
+    isa.join[parted](stored, remainders.data(), joined.data(), n);
+    unsigned wrong = 0;
+    for (size_t i = 0; i < n; i++) {
+      const uint32_t again = bits_of(joined[i]);
+      const bool is_nan = (patterns[i] & ~sign32) > infinity32, stays_nan = (again & ~sign32) > infinity32 && remainders[i] == 0;
+      wrong |= is_nan ? !stays_nan : again ^ patterns[i];
+    }
+    if (wrong) std::fill_n(stored, n, uint16_t(patterns[0] >> 16 ^ sign16));   // which none of them becomes
+  });
+}
+
+// What is written from outside beside a remainder: zeros and infinities stay, NaN stays NaN, and all else moves by half a unit at most.
+bool joins_whatever_was_written(const Conversions& isa, int parted) {
+  std::vector<uint16_t> numbers(1 << 16);
+  std::vector<int16_t> remainders(1 << 16);
+  std::vector<float> joined(1 << 16);
+  for (size_t h = 0; h < 1 << 16; h++) numbers[h] = uint16_t(h);
+  bool good = true;
+  for (int remainder : {-0x8000, -0x7fff, -77, -1, 0, 1, 123, 0x7fff}) {
+    std::fill(remainders.begin(), remainders.end(), int16_t(remainder));
+    isa.join[parted](numbers.data(), remainders.data(), joined.data(), numbers.size());
+    for (size_t h = 0; h < 1 << 16; h++) {
+      const uint32_t sign = uint32_t(h & sign16) << 16, magnitude = uint32_t(h & ~sign16) << 16;
+      const int kept = magnitude == 0 ? std::max(remainder, 0) : magnitude == infinity32 ? std::min(remainder, 0) : remainder;
+      good &= magnitude > infinity32 ? joined[h] != joined[h] : bits_of(joined[h]) == (sign | (magnitude + uint32_t(kept)));
+    }
+  }
+  return good;
+}
+
+// ---- rounding with random bits
+
+// Of fp32 numbers all over: up where the random bits reach what the probability says, and never where nothing is cut off.
+template <class F> bool rounds_with_probability(const Format& format, F narrow) {
+  std::vector<double> values;                     // of patterns; behind infinity's, which it would have as a number, nothing but it
+  for (uint32_t h = 0; h <= format.infinity(); h++) values.push_back(format.value(uint16_t(h)));
+  std::vector<float> numbers;
+  std::vector<uint16_t> randoms, expected, stored;
+  auto add = [&](uint32_t pattern) {
+    const float number = float_of(pattern);
+    const uint16_t sign = pattern & sign32 ? sign16 : 0;
+    const double magnitude = std::fabs(double(number));
+    size_t h = format.infinity();
+    double up = 0;
+    if (magnitude < values.back()) {
+      h = size_t(std::upper_bound(values.begin(), values.end(), magnitude) - values.begin()) - 1;
+      up = std::floor((magnitude - values[h]) / (values[h + 1] - values[h]) * 0x1p16);
+    }
+    const int most = 0xffff, turn = int(0x1p16 - up);
+    for (int random : {0, std::min(turn - 1, most), std::min(turn, most), most, int(random_below(1 << 16))}) {
+      numbers.push_back(number), randoms.push_back(uint16_t(random));
+      expected.push_back(number != number ? uint16_t(0xffff) : uint16_t(sign | (h + (random >= turn))));
+    }
+  };
+  for (uint64_t pattern = 0; pattern < uint64_t(1) << 32; pattern += 4093) add(uint32_t(pattern));
+  for (size_t h = 0; h < values.size(); h++) {
+    const uint32_t itself = bits_of(float(values[h]));
+    for (uint32_t near : {format.last[h] - 1, format.last[h], itself, itself + 1}) add(near), add(near | sign32);
+  }
+  stored.resize(numbers.size());
+  narrow(numbers.data(), randoms.data(), stored.data(), numbers.size());
+  unsigned wrong = 0;
+  for (size_t i = 0; i < numbers.size(); i++)
+    wrong |= expected[i] == 0xffff ? (stored[i] & ~sign16) <= format.infinity() : unsigned(stored[i] ^ expected[i]);
+  return !wrong;
+}
+
+// The published words of Philox 4x32-10: kat_vectors of Random123.
+bool philox_is_known() {
+  const uint32_t ones = 0xffffffff, known[][10] = {
+      {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+      {ones, ones, ones, ones, ones, ones, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+      {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}};
+  bool good = true;
+  for (auto& [c0, c1, c2, c3, k0, k1, w0, w1, w2, w3] : known) {
+    uint64_t words[4] = {c0, c1, c2, c3};
+    philox(words, k0, k1);
+    const uint32_t expected[] = {w0, w1, w2, w3};
+    for (int i = 0; i < 4; i++) good &= uint32_t(words[i]) == expected[i];
+  }
+  return good;
+}
+
+// The bits of elements are those of their counter's words, whatever is drawn with them, wherever it begins, and wholly in seed, step,
+// position and element.
+bool draws_what_philox_says(const Conversions& isa) {
+  bool good = true;
+  const uint64_t seeds[] = {0, 1, uint64_t(1) << 32, ~uint64_t(0)}, steps[] = {1, uint64_t(1) << 32, (uint64_t(1) << 48) - 1};
+  for (int64_t begin : {int64_t(0), int64_t(64), (int64_t(1) << 35) - 64, (int64_t(1) << 50) + 512})
+    for (int64_t n : {1, 8, 9, 64, 65, 127, 512})
+      for (uint64_t seed : seeds)
+        for (uint64_t step : steps)
+          for (uint32_t position : {0u, 1u, 0xffffffffu}) {
+            std::vector<uint16_t> drawn(size_t(n + 7) / 8 * 8 + 1, 0x1234);
+            isa.draw(seed, step, position, begin, n, drawn.data());
+            for (int64_t i = 0; i < n; i++) {
+              const uint64_t block = uint64_t(begin + i) / 8;
+              uint64_t words[4] = {uint32_t(block), uint32_t(block >> 32 | step >> 32 << 16), uint32_t(step), position};
+              philox(words, uint32_t(seed), uint32_t(seed >> 32));
+              good &= drawn[size_t(i)] == uint16_t(words[i % 8 / 2] >> i % 2 * 16);
+            }
+            good &= drawn.back() == 0x1234;
+          }
+  return good;
+}
+
+// Over a million draws, numbers between two that 16 bits hold become their mean.
+bool is_unbiased(const Conversions& isa) {
+  constexpr size_t n = 1000000;
+  std::vector<uint16_t> randoms(n), stored(n);
+  isa.draw(42, 7, 3, 0, n, randoms.data());
+  bool good = true;
+  const Format bf16("bfloat16", DType::bf16, 7), f16("float16", DType::f16, 10);
+  for (float number : {1.001f, -3.14159f, 1e-7f, 0.3333f, -6.5e-5f, 2e-8f})
+    for (bool half : {false, true}) {
+      const Format& format = half ? f16 : bf16;
+      const std::vector<float> numbers(n, number);
+      (half ? isa.narrow_stochastically_f16 : isa.narrow_stochastically_bf16)(numbers.data(), randoms.data(), stored.data(), n);
+      double sum = 0, least = INFINITY, most = 0;
+      for (uint16_t h : stored) {
+        const double value = format.value(h & ~sign16);
+        sum += value, least = std::min(least, value), most = std::max(most, value);
+      }
+      const double unit = most - least, up = (std::fabs(double(number)) - least) / unit;
+      good &= unit > 0 && std::fabs(sum / n - std::fabs(double(number))) <= 4 * unit * std::sqrt(up * (1 - up) / n);
+    }
+  return good;
+}
+
+void check(const Conversions& isa, const char* name) {
+  for (int parted : {0, 1}) {
+    if (parted && &isa == &conversions) continue;  // without vectors, they are parted alike
+    expect(parts_join(isa, parted), "%s joins the parts of numbers, parted %d", name, parted);
+    expect(joins_whatever_was_written(isa, parted), "%s joins numbers written from outside, parted %d", name, parted);
+  }
+  const Format bf16("bfloat16", DType::bf16, 7), f16("float16", DType::f16, 10);
+  expect(rounds_with_probability(bf16, isa.narrow_stochastically_bf16), "%s rounds to bfloat16 with random bits", name);
+  expect(rounds_with_probability(f16, isa.narrow_stochastically_f16), "%s rounds to float16 with random bits", name);
+  expect(draws_what_philox_says(isa), "%s draws random bits", name);
+  expect(is_unbiased(isa), "%s rounds to the mean", name);
+}
+
 }  // namespace
 
 void check_conversions() {
+  expect(philox_is_known(), "%s", "the words of Philox 4x32-10");
+  for (int i = 0; i < isa_count; i++) {
+    if (!isas[i].supported()) continue;
+#if defined(__x86_64__)
+    check(i == 0 ? conversions : i == 1 ? conversions_avx2 : conversions_avx512, isas[i].name);
+#else
+    check(conversions, isas[i].name);
+#endif
+  }
   check<bfloat16>(Format("bfloat16", DType::bf16, 7));
   check<float16>(Format("float16", DType::f16, 10));
 }
