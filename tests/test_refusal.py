@@ -340,6 +340,14 @@ def test_state_dtype_that_state_cannot_be(row, value):
 
 
 @every_row
+def test_state_dtype_without_extension(row, monkeypatch):
+    """Not ignored: every step would be torch's, whose state has the parameter's dtype."""
+    monkeypatch.setattr("fastopt.optimizer._C", None)
+    with pytest.raises(RuntimeError, match="state_dtype needs the C"):
+        row.ours([torch.nn.Parameter(torch.ones(3))], **row.plain, state_dtype=torch.bfloat16)
+
+
+@every_row
 def test_torchs_own_step_of_state_with_another_dtype(row):
     """Where torch would stop half-way, before anything is changed; else torch's step takes it."""
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
