@@ -19,7 +19,11 @@ typedef float Singles __attribute__((vector_size(wide / 2)));
 
 template <class To, class From> inline To bits_as(const From& from) { To to; std::memcpy(&to, &from, sizeof to); return to; }
 inline Doubles doubles(const double* from) { Doubles v; std::memcpy(&v, from, sizeof v); return v; }
+#if defined(FASTOPT_VECTOR_BYTES)
+inline Doubles doubles(const float* from) { Singles v; std::memcpy(&v, from, sizeof v); return Doubles(to_doubles(v)); }
+#else
 inline Doubles doubles(const float* from) { Singles v; std::memcpy(&v, from, sizeof v); return __builtin_convertvector(v, Doubles); }
+#endif
 
 // V is double or Doubles, and I the integers of its size. Of magnitudes, which have no sign, the bits are in the order of the numbers, NaN
 // being larger than all: so NaN wins, in whatever order.

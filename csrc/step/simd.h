@@ -23,6 +23,7 @@ inline Vector vector_sqrt(Vector a) { return _mm512_maskz_sqrt_ps(every, a); }
 inline Vector vector_larger(Vector a, Vector b) { return _mm512_maskz_max_ps(every, a, b); }
 inline Vector from_half(Halves a) { return _mm512_maskz_cvtph_ps(every, __m256i(a)); }
 inline Halves to_half(Vector a) { return Halves(_mm512_maskz_cvtps_ph(every, a, _MM_FROUND_TO_NEAREST_INT)); }
+inline __m512d to_doubles(__m256 a) { return _mm512_maskz_cvtps_pd(0xff, a); }
 inline Bits plus_bit_16(Bits a, Bits of) {
   return Bits(_mm512_mask_add_epi32(__m512i(a), _mm512_test_epi32_mask(__m512i(of), _mm512_set1_epi32(1 << 16)), __m512i(a), _mm512_set1_epi32(1)));
 }
@@ -34,6 +35,7 @@ inline Vector vector_sqrt(Vector a) { return _mm256_sqrt_ps(a); }
 inline Vector vector_larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 inline Vector from_half(Halves a) { return _mm256_cvtph_ps(__m128i(a)); }
 inline Halves to_half(Vector a) { return Halves(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+inline __m256d to_doubles(__m128 a) { return _mm256_cvtps_pd(a); }
 inline Bits plus_bit_16(Bits a, Bits of) { return a + (of >> 16 & 1); }
 #endif
 
