@@ -113,12 +113,8 @@ def get_total_norm(
         return answer
     if found := _dtensors(tensors, norm_type):
         norm = clip_dtensors.total_norm(found, float(norm_type))
-        if error_if_nonfinite and not norm._local_tensor.isfinite():
-            raise RuntimeError(
-                f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it "
-                "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-                "`error_if_nonfinite=False`"
-            )
+        if error_if_nonfinite:
+            _C.total_norm(norm._local_tensor, norm_type, True)  # the norm of a norm: raises if it is not finite
         return norm
     return cast(Tensor, left_to_torch(_torch_get_total_norm, answer, tensors, norm_type, error_if_nonfinite, foreach))
 
