@@ -30,6 +30,11 @@ def parameters(grads):
     return [torch.nn.Parameter(torch.zeros(2)), *params]  # one without gradient
 
 
+def same_strides(tensor):
+    """A copy whose memory is laid out as the tensor's, with gaps too."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+
+
 def everywhere(function):
     """The results of a function on every instruction set, and on 1 and 3 threads; it says once which is the first."""
     results = []
@@ -141,7 +146,7 @@ def test_any_strides():
         for of in (utils, fastopt):
             params = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
             for param, grad in zip(params, grads, strict=True):
-                param.grad = torch.empty_strided(grad.shape, grad.stride()).copy_(grad)
+                param.grad = same_strides(grad)
             getattr(of, name)(params, *arguments)
             both.append([param.grad for param in params])
         assert_same_bits(*both, name)
@@ -241,9 +246,9 @@ def test_lists_that_change_from_call_to_call():
     for round in range(300):
         match round % 4:  # every other call finds other tensors; some of them share memory, or are there twice
             case 0:
-                grads[random.integers(len(grads))] = kinds[random.integers(len(kinds))].clone()
+                grads[random.integers(len(grads))] = same_strides(kinds[random.integers(len(kinds))])
             case 1:
-                grads = [grad.clone() for grad in grads]
+                grads = [same_strides(grad) for grad in grads]
             case 2:
                 at = random.integers(len(shared) - 15)
                 grads[random.integers(len(grads))] = shared[at : at + 15].view(3, 5)

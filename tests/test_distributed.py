@@ -395,6 +395,9 @@ def test_host_time_of_dtensors(tmp_path):
     in_processes(1, tmp_path, host_time_of_dtensors, None)
 
 
-@pytest.mark.parametrize("scenario", [clip_dtensors, clip_mixed_dtensors, clip_in_fsdp2], ids=lambda scenario: scenario.__name__)
+CLIPPING = (clip_dtensors, clip_mixed_dtensors, clip_in_fsdp2)
+
+
+@pytest.mark.parametrize("scenario", CLIPPING, ids=lambda scenario: scenario.__name__)
 def test_clipping(scenario, tmp_path):
     in_processes(2, tmp_path, scenario, None)
