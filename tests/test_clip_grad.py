@@ -73,6 +73,23 @@ def test_norm_is_exact_and_the_same_everywhere(dtype, order):
     assert abs(results[0][1].item() - float(expected)) <= ulps * np.spacing(expected)
 
 
+@pytest.mark.parametrize("size", [1, 33, 4095, 9000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_order_of_the_sum(dtype, size):
+    """In docs/after-backward.md: tiles of 4096 elements, in each 32 lanes that are added in halves."""
+    grad = torch.randn(size, dtype=dtype)
+    total = 0.0
+    for tile in grad.double().split(4096):
+        lanes = torch.zeros(32, dtype=torch.float64)
+        for part in tile.split(32):
+            lanes[: len(part)] += part * part
+        while len(lanes) > 1:
+            lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+        total += lanes.item()
+    for where, norm in everywhere(lambda: fastopt._C.norm([grad], 2.0)):
+        assert norm == math.sqrt(total), where
+
+
 @pytest.mark.parametrize("numbers", [[3e38, 1e-3], [1e-45, 1e-45], [1e-30] * 1000 + [1.0], [3e38] * 5000])
 def test_norm_of_extreme_numbers(numbers):
     """Squares neither overflow nor vanish."""

@@ -154,11 +154,8 @@ void Rows::run_rows(size_t pass) {
   bump_versions();
   const bool in_turn = overlap();
   without_gil([&] {
-    if (!in_turn) return share_rows(*isa, rows.data(), ends.data(), rows.size());
-    for (const Row& row : rows) {
-      const int64_t end = row.numel + row_cost;
-      share_rows(*isa, &row, &end, 1);
-    }
+    if (in_turn) share_rows_in_turn(*isa, rows.data(), rows.size());
+    else share_rows(*isa, rows.data(), ends.data(), rows.size());
   });
 }
 
@@ -194,14 +191,12 @@ void Rows::zero() {
   if (rows.empty()) return;
   bump_versions();
   without_gil([&] {
-    auto zero_share = [&](int64_t begin, int64_t end) {
+    share(work, [&](int64_t begin, int64_t end) {
       for_share(rows.data(), ends.data(), rows.size(), begin, end, line, [&](size_t r, int64_t from, int64_t upto) {
         const int64_t size = itemsize(rows[r].dtype[0]);
         std::memset(static_cast<char*>(rows[r].data[0]) + from * size, 0, size_t((upto - from) * size));
       });
-    };
-    if (work <= grain) zero_share(0, work);
-    else at::parallel_for(0, work, grain, zero_share);
+    });
   });
 }
 

@@ -63,7 +63,7 @@ bool Plan::check(PyObject* self, PyObject* fresh) {
   if (in_turn && !walk.gpu.rows.empty()) throw Outside{"on a GPU, parameters share memory"};
   if (in_turn && walk.any_fresh()) throw Outside{"parameters share memory at their first step"};
   if (in_turn) count_repeated_steps();
-  point_rows(in_turn);
+  point_rows();
   return in_turn;
 }
 
@@ -80,7 +80,7 @@ void Plan::count_repeated_steps() {
 }
 
 // What the rows of the CPU need to be run.
-void Plan::point_rows(bool in_turn) {
+void Plan::point_rows() {
   ends.clear();
   int64_t work = 0;
   for (size_t r = 0; r < walk.cpu.rows.size(); r++) {
@@ -89,7 +89,7 @@ void Plan::point_rows(bool in_turn) {
     row.layout = walk.layouts[place.layout];
     row.scalars = &walk.options.scalars()[place.scalars];
     work += row.numel + row_cost;
-    ends.push_back(in_turn ? row.numel + row_cost : work);
+    ends.push_back(work);
   }
 }
 
@@ -116,8 +116,8 @@ void Plan::count_steps(const Batch& batch, bool as_before) {
 void Plan::run_rows(bool in_turn) {
   const Vec<Row>& rows = walk.cpu.rows;
   auto run_all = [&] {
-    if (!in_turn) return share_rows(*isa, rows.data(), ends.data(), rows.size());
-    for (size_t r = 0; r < rows.size(); r++) share_rows(*isa, &rows[r], &ends[r], 1);
+    if (in_turn) share_rows_in_turn(*isa, rows.data(), rows.size());
+    else share_rows(*isa, rows.data(), ends.data(), rows.size());
   };
   if (walk.work < release_gil) return run_all();
   for (const Written& w : walk.cpu.written) {     // other threads may drop them meanwhile

@@ -20,7 +20,7 @@ class Plan {
   bool check(PyObject* self, PyObject* fresh);
   void count_repeated_steps();
   void count_steps(const Batch& batch, bool as_before);
-  void point_rows(bool in_turn);
+  void point_rows();
   void run_rows(bool in_turn);
   void fill_images(bool fit);
   py::object wants(const Answers& answers);
