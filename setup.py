@@ -63,7 +63,6 @@ COMPILE_ARGS = [
     "-ffp-contract=off",  # the bits of a step are a contract: docs/numerics.md
     "-fno-math-errno",  # with errno, sqrt does not vectorise
     "-fno-trapping-math",
-    "-Wno-psabi",  # vectors wider than the processor's are passed only inline
     *OPENMP[0],
     *os.environ.get("FASTOPT_CXXFLAGS", "").split(),
 ]

@@ -65,10 +65,7 @@ def clip_grad_norm_(
     if type(parameters) is not list and not isinstance(parameters, Tensor):
         parameters = _listed(parameters)
     answer = _C.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
-    if type(answer) is Tensor:
-        return answer
-    answer = on_gpu(answer, "clip", None, error_if_nonfinite)
-    if type(answer) is Tensor:
+    if type(answer) is Tensor or type(answer := on_gpu(answer, "clip", None, error_if_nonfinite)) is Tensor:
         return answer
     if grads := _dtensor_grads(parameters, norm_type):
         norm = get_total_norm(grads, norm_type, error_if_nonfinite)
@@ -106,19 +103,12 @@ def get_total_norm(
     if type(tensors) is not list and not isinstance(tensors, Tensor):
         tensors = list(tensors)
     answer = _C.total_norm(tensors, norm_type, error_if_nonfinite)
-    if type(answer) is Tensor:
-        return answer
-    answer = on_gpu(answer, "norm", None, error_if_nonfinite)
-    if type(answer) is Tensor:
+    if type(answer) is Tensor or type(answer := on_gpu(answer, "norm", None, error_if_nonfinite)) is Tensor:
         return answer
     if found := _dtensors(tensors, norm_type):
         norm = clip_dtensors.total_norm(found, float(norm_type))
-        if error_if_nonfinite and not norm._local_tensor.isfinite():
-            raise RuntimeError(
-                f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it "
-                "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-                "`error_if_nonfinite=False`"
-            )
+        if error_if_nonfinite:
+            _C.total_norm(norm._local_tensor, norm_type, True)  # the norm of a norm: raises if it is not finite
         return norm
     return cast(Tensor, left_to_torch(_torch_get_total_norm, answer, tensors, norm_type, error_if_nonfinite, foreach))
 

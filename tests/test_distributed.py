@@ -6,6 +6,7 @@ once with torch's for-loop; it returns what must be equal. The reference's squar
 
 import contextlib
 import copy
+import itertools
 import statistics
 import time
 import warnings
@@ -265,6 +266,49 @@ def clip_dtensors(_):
     assert any("clip_grad_norm_" in reason for reason in fastopt.backend_info()["torch_steps"])
 
 
+def clip_mixed_dtensors(_):
+    """Of several meshes or beside plain tensors: torch's result or error, whatever `foreach` is, and torch's bits."""
+    size = dist.get_world_size()
+    line, plane = init_device_mesh("cpu", (size,)), init_device_mesh("cpu", (1, size))
+    named = init_device_mesh("cpu", (size,), mesh_dim_names=("x",))
+    on_line, plain = (line, (Shard(0),)), (None, ())
+    mixtures = [
+        (on_line, plain), (plain, (line, (Replicate(),))), (on_line, (named, (Shard(0),))),
+        (on_line, (plane, (Replicate(), Shard(0)))),
+    ]  # fmt: skip
+    calls = (
+        lambda of, params, foreach: of.clip_grad_norm_(params, 0.5, foreach=foreach),
+        lambda of, params, foreach: of.get_total_norm([param.grad for param in params], foreach=foreach),
+        lambda of, params, foreach: of.clip_grads_with_norm_(params, 0.5, torch.tensor(5.0), foreach=foreach),
+        lambda of, params, foreach: of.clip_grad_value_(params, 0.3, foreach=foreach),
+    )
+    results = 0
+    for mixture, call, foreach in itertools.product(mixtures, calls, (None, False)):
+        both = []
+        for of in (nn.utils, fastopt):
+            torch.manual_seed(0)
+            params = []
+            for mesh, placements in mixture:
+                params.append(nn.Parameter(torch.zeros(4, 6)))
+                grad = torch.randn(4, 6)
+                if mesh is not None:
+                    params[-1] = nn.Parameter(distribute_tensor(params[-1].data, mesh, placements))
+                    grad = distribute_tensor(grad, mesh, placements)
+                params[-1].grad = grad
+            try:
+                answer = call(of, params, foreach)
+                results += 1
+            except RuntimeError as error:
+                answer = str(error)
+            tensors = [local(param.grad) for param in params]
+            if isinstance(answer, torch.Tensor):
+                tensors.append(local(answer))
+            both.append((type(answer), answer if isinstance(answer, str) else None, tensors))
+        assert both[0][:2] == both[1][:2]
+        assert_same_bits(both[0][2], both[1][2], f"{mixture}, foreach={foreach}")
+    assert results, "torch takes none of them: nothing was compared"
+
+
 def clip_in_fsdp2(_):
     """As in a training script; the same norm of the whole model as in one process."""
     for clip in (fastopt.clip_grad_norm_, nn.utils.clip_grad_norm_):
@@ -351,6 +395,9 @@ def test_host_time_of_dtensors(tmp_path):
     in_processes(1, tmp_path, host_time_of_dtensors, None)
 
 
-@pytest.mark.parametrize("scenario", [clip_dtensors, clip_in_fsdp2], ids=lambda scenario: scenario.__name__)
+CLIPPING = (clip_dtensors, clip_mixed_dtensors, clip_in_fsdp2)
+
+
+@pytest.mark.parametrize("scenario", CLIPPING, ids=lambda scenario: scenario.__name__)
 def test_clipping(scenario, tmp_path):
     in_processes(2, tmp_path, scenario, None)

@@ -65,7 +65,7 @@ bool Plan::check(PyObject* self, PyObject* fresh, unsigned extra_state) {
   if (in_turn && !walk.gpu.rows.empty()) throw Outside{"on a GPU, parameters share memory"};
   if (in_turn && walk.any_fresh()) throw Outside{"parameters share memory at their first step"};
   if (in_turn) count_repeated_steps();
-  point_rows(in_turn);
+  point_rows();
   return in_turn;
 }
 
@@ -77,19 +77,17 @@ Stages Plan::read_gradients(const Extras& extras) {
   if (extras.unscales) stages.factor[stages.factors++] = extras.inverse_scale;
   if (!extras.clips) return stages;
   const Vec<Row>& rows = walk.cpu.rows;
-  firsts.clear(), read_ends.clear();
+  firsts.clear();
   size_t count = 0;
-  int64_t work = 0;
   bool f64 = false;
   for (const Row& row : rows) {
     firsts.push_back(count), count += size_t(tiles_of(row));
-    read_ends.push_back(work += row.numel + row_cost);
     f64 |= row.dtype[1] == DType::f64;
   }
   double value = extras.norm;
   if (!extras.norm_known) {
     tiles.resize(count);
-    if (count) share_reading(*isa, fastopt::Norm::squares, rows.data(), read_ends.data(), firsts.data(), rows.size(), tiles.data(), stages);
+    if (count) share_reading(*isa, fastopt::Norm::squares, rows.data(), ends.data(), firsts.data(), rows.size(), tiles.data(), stages);
     value = total(fastopt::Norm::squares, tiles);
   }
   if (!f64) value = float(value);
@@ -113,7 +111,7 @@ void Plan::count_repeated_steps() {
 }
 
 // What the rows of the CPU need to be run.
-void Plan::point_rows(bool in_turn) {
+void Plan::point_rows() {
   ends.clear();
   int64_t work = 0;
   for (size_t r = 0; r < walk.cpu.rows.size(); r++) {
@@ -122,7 +120,7 @@ void Plan::point_rows(bool in_turn) {
     row.layout = walk.layouts[place.layout];
     row.scalars = &walk.options.scalars()[place.scalars];
     work += row.numel + row_cost;
-    ends.push_back(in_turn ? row.numel + row_cost : work);
+    ends.push_back(work);
   }
 }
 
@@ -149,8 +147,8 @@ void Plan::count_steps(const Batch& batch, bool as_before) {
 void Plan::run_rows(bool in_turn, const Stages& stages) {
   const Vec<Row>& rows = walk.cpu.rows;
   auto run_all = [&] {
-    if (!in_turn) return share_rows(*isa, rows.data(), ends.data(), rows.size(), stages);
-    for (size_t r = 0; r < rows.size(); r++) share_rows(*isa, &rows[r], &ends[r], 1, stages);
+    if (in_turn) share_rows_in_turn(*isa, rows.data(), rows.size(), stages);
+    else share_rows(*isa, rows.data(), ends.data(), rows.size(), stages);
   };
   if (walk.work < release_gil) return run_all();
   for (const Written& w : walk.cpu.written) {     // other threads may drop them meanwhile

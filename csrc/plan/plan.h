@@ -28,7 +28,7 @@ class Plan {
   Stages read_gradients(const Extras& extras);
   void count_repeated_steps();
   void count_steps(const Batch& batch, bool as_before);
-  void point_rows(bool in_turn);
+  void point_rows();
   void run_rows(bool in_turn, const Stages& stages);
   void fill_images(bool fit);
   py::object wants(const Answers& answers);
@@ -49,7 +49,6 @@ class Plan {
     double value;
   } norm;
   Vec<size_t> firsts;                             // of the gradient pass: where the tiles of each CPU row begin,
-  Vec<int64_t> read_ends;                         // and its work ends, also where rows are stepped in turn,
   Vec<double> tiles;                              // and the number that it left of each tile
   Vec<c10::Storage> alive;                        // of a step that runs without the GIL
   Vec<c10::Storage> counted;                      // the step counts that take_back may have to write
