@@ -5,6 +5,7 @@ They are options of the object and no keys of its groups, so that its checkpoint
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ class Extras(NamedTuple):
 
     max_norm: float | None = None  # the norm of all gradients together is clipped to this
     error_if_nonfinite: bool = False
-    inverse_scale: float | None = None  # the gradients are multiplied by this first
-    norm: float | None = None  # theirs then, where it is known
+    # The gradients are multiplied by this first, and their norm then, where it is known; tensors if they are on a GPU.
+    inverse_scale: float | Tensor | None = None
+    norm: float | Tensor | None = None
     ema_decay: float | None = None  # how much of the running averages is kept
 
 
@@ -51,13 +53,16 @@ class Options:
     def of_step(self, optimizer: Any) -> Extras | None:
         """For the step that begins; None if it is to be left out, since a scaler found infinities."""
         max_norm, ema_decay = self._value(optimizer, "max_grad_norm"), self._value(optimizer, "ema_decay")
-        inverse_scale = norm = None
+        inverse_scale: float | Tensor | None = None
+        norm: float | Tensor | None = None
         if self.searched is not None:
             inverse_scale, norm = self.searched
         elif not optimizer._step_supports_amp_scaling:  # else its own step unscales
             if self.found_inf is not None and self.found_inf != 0:
                 return None
             inverse_scale = _inverse(self.grad_scale)
+        if self.error_if_nonfinite and max_norm is not None and norm is None:
+            norm = _finite_norm(optimizer, inverse_scale)
         self.norm = None
         return Extras(max_norm, self.error_if_nonfinite, inverse_scale, norm, ema_decay)
 
@@ -75,7 +80,7 @@ class Options:
         torch_steps[f"{type(optimizer).__name__}, clipped or unscaled beside the step: {reason}"] += 1
         try:
             for param, grad in zip(params, grads, strict=True):
-                param.grad = grad.clone() if extras.inverse_scale is None else grad * extras.inverse_scale
+                param.grad = grad.clone() if extras.inverse_scale is None else _times(grad, extras.inverse_scale)
             norm = None
             if extras.max_norm is not None:
                 norm = clip_grad_norm_(params, extras.max_norm, error_if_nonfinite=extras.error_if_nonfinite)
@@ -129,11 +134,40 @@ def _params(optimizer: Any) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def _inverse(scale: Tensor | float | None) -> float | None:
-    """The factor with which torch.amp.GradScaler.unscale_ multiplies."""
+def _inverse(scale: Tensor | float | None) -> float | Tensor | None:
+    """The factor with which torch.amp.GradScaler.unscale_ multiplies; on a GPU it stays there."""
     if scale is None:
         return None
-    return float(torch.as_tensor(scale).double().reciprocal().float())
+    inverse = torch.as_tensor(scale).detach().double().reciprocal().float()
+    return inverse if isinstance(scale, Tensor) and scale.device.type == _C.gpu_type() else float(inverse)
+
+
+def _times(grad: Tensor, factor: float | Tensor) -> Tensor:
+    if isinstance(factor, Tensor):
+        return (grad * factor.to(grad.device)).to(grad.dtype)  # two tensors without dimensions may have a wider product
+    return grad * factor
+
+
+def _finite_norm(optimizer: Any, inverse_scale: float | Tensor | None) -> Tensor | None:
+    """The norm where all gradients are on GPUs: before anything is written, and so waited for."""
+    grads = [param.grad for param in _params(optimizer) if param.grad is not None]
+    if not grads or any(grad.device.type != _C.gpu_type() for grad in grads):
+        return None
+    if grads[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(NOT_IN_A_GRAPH)
+    from .gpu_passes import NOT_FINITE, search
+
+    if (found := search(grads, inverse_scale)) is None:
+        return None
+    if not math.isfinite(found[0].item()):
+        raise RuntimeError(NOT_FINITE.format(order=2.0))
+    return found[0]
+
+
+NOT_IN_A_GRAPH = (
+    "error_if_nonfinite=True looks at the norm before anything is written, which a captured CUDA graph cannot: make "
+    "the optimizer without it, and look at optimizer.grad_norm after a replay"
+)
 
 
 def _max_grad_norm(value: Any) -> float:
