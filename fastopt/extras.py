@@ -153,14 +153,14 @@ def _finite_norm(optimizer: Any, inverse_scale: float | Tensor | None) -> Tensor
     grads = [param.grad for param in _params(optimizer) if param.grad is not None]
     if not grads or any(grad.device.type != _C.gpu_type() for grad in grads):
         return None
-    if grads[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(NOT_IN_A_GRAPH)
-    from .gpu_passes import NOT_FINITE, search
+    from . import gpu_passes
 
-    if (found := search(grads, inverse_scale)) is None:
+    if gpu_passes.is_capturing(grads[0].device):
+        raise RuntimeError(NOT_IN_A_GRAPH)
+    if (found := gpu_passes.search(grads, inverse_scale)) is None:
         return None
     if not math.isfinite(found[0].item()):
-        raise RuntimeError(NOT_FINITE.format(order=2.0))
+        raise RuntimeError(gpu_passes.NOT_FINITE.format(order=2.0))
     return found[0]
 
 

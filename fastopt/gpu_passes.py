@@ -126,7 +126,7 @@ def run(
     device = torch.device(_C.gpu_type(), todo.device)
     done: Done = _C.DONE
     with _current(device):
-        if _is_cuda(device) and torch.cuda.is_current_stream_capturing():
+        if is_capturing(device):
             captured: LeftToTorch = _C.LeftToTorch(("a CUDA graph is being captured",))
             return captured
         launches = Launches(todo, device)
@@ -161,7 +161,7 @@ def search(grads: list[Tensor], inverse_scale: float | Tensor | None = None) -> 
     todo = []
     for device in devices:
         with _current(device):
-            if _is_cuda(device) and torch.cuda.is_current_stream_capturing():
+            if is_capturing(device):
                 return None
             answer = _C.total_norm([grad for grad in grads if grad.device == device], 2.0, False)
         if type(answer) is not _C.GpuPass:
@@ -186,6 +186,10 @@ NOT_FINITE = (
     "The total norm of order {order} for gradients from `parameters` is non-finite, so it cannot be clipped. To "
     "disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
 )
+
+
+def is_capturing(device: torch.device) -> bool:
+    return _is_cuda(device) and torch.cuda.is_current_stream_capturing()
 
 
 def _rounded(number: int) -> int:

@@ -6,6 +6,7 @@ The norm and, given it, parameters, state and running averages have the bits of 
 import copy
 import itertools
 import math
+import re
 import struct
 
 import pytest
@@ -18,13 +19,14 @@ from .reference import assert_same_bits, snapshot
 
 triton = pytest.importorskip("triton")
 
-from fastopt.kernels import multi_tensor  # noqa: E402
+from fastopt.kernels import multi_tensor, passes  # noqa: E402
 
 from fastopt import gpu as backend  # noqa: E402
 from fastopt import gpu_passes  # noqa: E402
 
-from .test_gpu import CHUNK, Graph, capturable_rows, run_on_the_stub, on_the_stub, triton_serves_cpu_tensors  # noqa: E402
-from .test_gpu_passes import EXTREME, idle_gpu, on_cpu, sent  # noqa: E402, F401
+from .test_gpu import CHUNK, Graph, capturable_rows, triton_serves_cpu_tensors  # noqa: E402
+from .test_gpu_passes import EXTREME, on_cpu  # noqa: E402
+from .test_kernels import ROCM, accesses, compiled_for  # noqa: E402
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = (0, 1, 5, 33, 300, CHUNK + 1)
@@ -37,6 +39,13 @@ WAYS = [CLIP, EMA, UNSCALE, CLIP | EMA, UNSCALE | CLIP, UNSCALE | EMA, UNSCALE |
 @pytest.fixture(params=[90, 80], ids=["sm_90", "sm_80"])
 def gpu(request):
     with triton_serves_cpu_tensors(request.param, races=True) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def idle_gpu():
+    """A GPU that is sent everything and does nothing."""
+    with triton_serves_cpu_tensors(execute=False) as stand_in:
         yield stand_in
 
 
@@ -157,7 +166,7 @@ def test_norm_that_is_not_finite(row, special, gpu):
         give_gradients(optimizer, 1)
         params_of(optimizer)[4].grad[7] = special
         optimizer.step()
-        return snapshot(optimizer), optimizer.grad_norm
+        return [snapshot(optimizer), optimizer.grad_norm]
 
     actual = step(optimizer_of(row, (F32,), **CLIP))
     with on_cpu():
@@ -233,7 +242,7 @@ def test_tensors_without_elements_have_a_norm(gpu):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
-def test_hot_step_uploads_compiles_and_allocates_nothing(way, idle_gpu, monkeypatch):  # noqa: F811
+def test_hot_step_uploads_compiles_and_allocates_nothing(way, idle_gpu, monkeypatch):
     """But the norm, a tensor of its own."""
     params = parameters((F32, BF16))
     optimizer = ADAM.ours(params, **ADAM.plain, **{name: way[name] for name in way if name != "scale"})
@@ -271,13 +280,20 @@ def test_options_that_change_between_steps(row, gpu):
         optimizer = optimizer_of(row, (F32, BF16), sizes=(5, 130), **CLIP, **EMA)
         found = []
         for step, (max_norm, decay, scale) in enumerate(
-            [(2.0, 0.9, None), (None, 0.9, None), (0.5, None, 4.0), (0.5, 0.5, None), (2.0, 0.9, 2.0), (None, None, None)]
+            [
+                (2.0, 0.9, None),
+                (None, 0.9, None),
+                (0.5, None, 4.0),
+                (0.5, 0.5, None),
+                (2.0, 0.9, 2.0),
+                (None, None, None),
+            ]
         ):
             optimizer.max_grad_norm, optimizer.ema_decay = max_norm, decay
             optimizer.grad_scale = None if scale is None else torch.tensor(scale)
             give_gradients(optimizer, step)
             optimizer.step()
-            found += [snapshot(optimizer), optimizer.grad_norm if max_norm else None]
+            found += [snapshot(optimizer)] + [optimizer.grad_norm] * (max_norm is not None)
         return found
 
     actual = steps()
@@ -344,6 +360,7 @@ def test_graphs_replay_all_of_it(row, gpu, monkeypatch):
         scale = torch.tensor(4.0)
         optimizer.grad_scale = inverse = torch.empty(())
         monkeypatch.setattr("fastopt.extras._inverse", lambda scale: inverse)  # torch's operations, which a graph has
+        monkeypatch.setattr(backend, "number_on", lambda device, number: number)  # and this copies from cpu to cpu:0
         for param in params:
             param.grad = torch.empty_like(param)
 
@@ -369,7 +386,7 @@ def test_graphs_replay_all_of_it(row, gpu, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         fill()
         optimizer.step()
-        return snapshot(optimizer), norms
+        return [snapshot(optimizer), norms]
 
     assert_same_bits(run(True), run(False), row.name)
 
@@ -388,6 +405,7 @@ def test_a_capture_that_cannot_be_right_is_refused(row, gpu, monkeypatch):
     with pytest.raises(RuntimeError, match="captured in a CUDA graph before it ran outside"):
         optimizer.step()
     optimizer._fastopt_options.error_if_nonfinite = True
+    monkeypatch.setattr(gpu_passes, "_is_cuda", lambda device: True)
     with pytest.raises(RuntimeError, match="error_if_nonfinite=True looks at the norm before anything is written"):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before, "refused")
@@ -396,14 +414,13 @@ def test_a_capture_that_cannot_be_right_is_refused(row, gpu, monkeypatch):
 # ---- what it costs
 
 
-@pytest.mark.parametrize("way, expected", [(CLIP, 32), (CLIP | EMA, 40), (UNSCALE | CLIP | EMA, 40), (EMA, 36)], ids=str)
+@pytest.mark.parametrize(
+    "way, expected", [(CLIP, 32), (CLIP | EMA, 40), (UNSCALE | CLIP | EMA, 40), (EMA, 36)], ids=str
+)
 def test_bytes_of_an_element(way, expected, gpu):
     """Of float32 and Adam, of tensors: 28 for the update, 4 more for a norm, 8 more for an average."""
-    from .test_kernels import accesses
-
-    row = copy.copy(ADAM)
-    row.plain.pop("amsgrad", None)
-    optimizer = fastopt.Adam([torch.nn.Parameter(torch.zeros(8 * CHUNK))], **{k: v for k, v in way.items() if k != "scale"})
+    options = {name: value for name, value in way.items() if name != "scale"}
+    optimizer = fastopt.Adam([torch.nn.Parameter(torch.zeros(8 * CHUNK))], **options)
     if "scale" in way:
         optimizer.grad_scale = torch.tensor(way["scale"])
     gpu.options["counts"] = True
@@ -416,3 +433,31 @@ def test_bytes_of_an_element(way, expected, gpu):
         found = accesses(launch.machine.instructions)
         wide += 16 * (found["ld"][16] + found["st"][16])  # all but those of the arrays
     assert wide == expected * 8 * CHUNK
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("row", [ADAM, ROWS[0]], ids=lambda row: row.name)
+def test_accesses_are_wide(row, dtype, idle_gpu):
+    """16 bytes at a time, of what is not narrower than another operand."""
+    used = (1 << len(row.slots)) - 1
+    update = multi_tensor.update_launcher(row.module, used, dtype, dtype, 90, 2, True)
+    norm = passes.step_norm_launcher(1, dtype, 90, row.module, True, 1)
+    wide = {F32: "v4.b32", F64: "v2.b64", BF16: "v4.b32"}[dtype]
+    ptx = update.compiled.asm["ptx"]
+    operands = 1 if dtype == BF16 else 3 + len(row.slots)  # that are loaded; the average has 32 bits
+    assert ptx.count(f"ld.global.{wide}") >= operands and ptx.count(f"st.global.{wide}") >= max(1, operands - 1)
+    assert f"ld.global.{wide}" in norm.compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("target", ROCM, ids=lambda target: target.arch)
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_compiles_for_rocm(dtype, target):
+    kernels = [
+        multi_tensor.update_kernel("adam", 0b111, dtype, dtype, target.warp_size, 2, True),
+        passes.norm_kernel(1, dtype, target.warp_size, 8, 3, 1),
+    ]
+    for kernel in kernels:
+        asm = compiled_for(target, *kernel).asm
+        assert set(re.findall(r"[sv]gpr_spill_count: +(\d+)", asm["amdgcn"])) == {"0"}
+        operations = re.findall(r"= (f(?:add|sub|mul|div)\b.*|.*call .*@llvm\.(?:fma|sqrt)\..*)", asm["llir"])
+        assert not re.search(r"\b(fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b|!fpmath", "\n".join(operations))
