@@ -84,7 +84,7 @@ class Options:
             norm = None
             if extras.max_norm is not None:
                 norm = clip_grad_norm_(params, extras.max_norm, error_if_nonfinite=extras.error_if_nonfinite)
-            step(extras._replace(max_norm=None, inverse_scale=None), optimizer)
+            step(extras._replace(max_norm=None, inverse_scale=None, norm=None), optimizer)
             self.norm = norm
         finally:
             for param, grad in zip(params, grads, strict=True):

@@ -132,6 +132,42 @@ def test_parameters_of_several_dtypes_have_one_norm(row, gpu):
 
 
 @every_row
+def test_states_of_another_dtype(row, gpu):
+    """In float32 for bfloat16, as after a load. An average of 16 bits is updated beside torch's own step."""
+
+    def steps(narrow):
+        optimizer = optimizer_of(row, (BF16,), **UNSCALE, **CLIP, **EMA)
+        found = []
+        for step in range(3):
+            give_gradients(optimizer, step, 1024.0)
+            optimizer.step()
+            for entry in optimizer.state.values():
+                entry.update({name: entry[name].float() for name in row.slots if entry.get(name) is not None})
+            found.append(snapshot(optimizer))
+        if narrow:
+            optimizer.grad_scale = optimizer.max_grad_norm = None
+            for entry in optimizer.state.values():
+                entry["ema"] = entry["ema"].bfloat16()
+                entry.update({name: entry[name].bfloat16() for name in row.slots if entry.get(name) is not None})
+            optimizer.step()
+        return optimizer, found
+
+    _, actual = steps(narrow=False)
+    with on_cpu():
+        assert_same_bits(actual, steps(narrow=False)[1], row.name)
+    optimizer, found = steps(narrow=True)
+    reason = f"{row.name}: on a GPU, a running average of 16 bits"
+    assert fastopt.backend_info()["torch_steps"].get(reason)
+    for param, before in zip(params_of(optimizer), found[-1]["ema", F32][1].split(sizes_of(optimizer)), strict=True):
+        expected = before.bfloat16().lerp(param.detach(), 0.1)
+        assert_same_bits(optimizer.state[param]["ema"], expected, "average")
+
+
+def sizes_of(optimizer):
+    return [param.numel() for param in params_of(optimizer)]
+
+
+@every_row
 def test_nothing_else_is_touched(row, gpu):
     optimizer = optimizer_of(row, (BF16,), **UNSCALE, **CLIP, **EMA)
     give_gradients(optimizer, 0)
