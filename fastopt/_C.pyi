@@ -22,6 +22,7 @@ class Want(NamedTuple):
     param: int
     state: int
     capturable: bool
+    averages: bool
     words: int
 
 class Done(NamedTuple): ...

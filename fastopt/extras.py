@@ -5,6 +5,7 @@ They are options of the object and no keys of its groups, so that its checkpoint
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ class Extras(NamedTuple):
 
     max_norm: float | None = None  # the norm of all gradients together is clipped to this
     error_if_nonfinite: bool = False
-    inverse_scale: float | None = None  # the gradients are multiplied by this first
-    norm: float | None = None  # theirs then, where it is known
+    # The gradients are multiplied by this first, and their norm then, where it is known; tensors if they are on a GPU.
+    inverse_scale: float | Tensor | None = None
+    norm: float | Tensor | None = None
     ema_decay: float | None = None  # how much of the running averages is kept
 
 
@@ -65,11 +67,14 @@ class Options:
     def of_step(self, optimizer: Any) -> Extras | None:
         """For the step that begins; None if it is the update alone."""
         max_norm, ema_decay = self._value(optimizer, "max_grad_norm"), self._value(optimizer, "ema_decay")
-        inverse_scale = norm = None
+        inverse_scale: float | Tensor | None = None
+        norm: float | Tensor | None = None
         if self.searched is not None:
             inverse_scale, norm = self.searched
         elif self.grad_scale is not None and not optimizer._step_supports_amp_scaling:  # else its own step unscales
             inverse_scale = _inverse(self.grad_scale)
+        if self.error_if_nonfinite and max_norm is not None and norm is None:
+            norm = _finite_norm(optimizer, inverse_scale)
         self.norm = None
         if max_norm is None and ema_decay is None and inverse_scale is None:
             return None
@@ -93,11 +98,11 @@ class Options:
         torch_steps[f"{type(optimizer).__name__}, clipped or unscaled beside the step: {reason}"] += 1
         try:
             for param, grad in zip(params, grads, strict=True):
-                param.grad = grad.clone() if extras.inverse_scale is None else grad * extras.inverse_scale
+                param.grad = grad.clone() if extras.inverse_scale is None else _times(grad, extras.inverse_scale)
             norm = None
             if extras.max_norm is not None:
                 norm = clip_grad_norm_(params, extras.max_norm, error_if_nonfinite=extras.error_if_nonfinite)
-            step(extras._replace(max_norm=None, inverse_scale=None), optimizer)
+            step(extras._replace(max_norm=None, inverse_scale=None, norm=None), optimizer)
             self.norm = norm
         finally:
             for param, grad in zip(params, grads, strict=True):
@@ -147,9 +152,42 @@ def all_params(optimizer: Any) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def _inverse(scale: Tensor | float) -> float:
-    """The factor with which torch.amp.GradScaler.unscale_ multiplies."""
-    return float(torch.as_tensor(scale).double().reciprocal().float())
+def _inverse(scale: Tensor | float) -> float | Tensor:
+    """The factor with which torch.amp.GradScaler.unscale_ multiplies; on a GPU it stays there."""
+    inverse = torch.as_tensor(scale).detach().double().reciprocal().float()
+    return inverse if isinstance(scale, Tensor) and scale.device.type == _C.gpu_type() else float(inverse)
+
+
+def _times(grad: Tensor, factor: float | Tensor) -> Tensor:
+    if isinstance(factor, Tensor):
+        return (grad * factor.to(grad.device)).to(grad.dtype)  # two tensors without dimensions may have a wider product
+    return grad * factor
+
+
+def _finite_norm(optimizer: Any, inverse_scale: float | Tensor | None) -> Tensor | None:
+    """The norm where all gradients are on GPUs: before anything is written, and so waited for."""
+    params = (param for group in optimizer.param_groups for param in group["params"] if param.grad is not None)
+    if next(params, _ON_CPU).device.type != _C.gpu_type():
+        return None  # at the first, as a rule
+    grads = [param.grad for param in all_params(optimizer) if param.grad is not None]
+    if any(grad.device.type != _C.gpu_type() for grad in grads):
+        return None
+    from . import gpu_passes
+
+    if gpu_passes.is_capturing(grads[0].device):
+        raise RuntimeError(NOT_IN_A_GRAPH)
+    if (found := gpu_passes.search(grads, inverse_scale)) is None:
+        return None
+    if not math.isfinite(found[0].item()):
+        raise RuntimeError(gpu_passes.NOT_FINITE.format(order=2.0))
+    return found[0]
+
+
+_ON_CPU = torch.empty(0)
+NOT_IN_A_GRAPH = (
+    "error_if_nonfinite=True looks at the norm before anything is written, which a captured CUDA graph cannot: make "
+    "the optimizer without it, and look at optimizer.grad_norm after a replay"
+)
 
 
 def _max_grad_norm(value: Any) -> float:

@@ -309,6 +309,8 @@ def _step(self: Any, closure: Closure | None) -> Any:
 
 
 def _step_with(extras: Extras | None, self: Any) -> None:
+    if self._fastopt_options is not None and self._fastopt_gpu is not None:
+        self._fastopt_gpu.make_ready(extras)
     if answer := _C.step(self, None, extras):
         _follow(self, answer, extras)
     if extras is not None and extras.ema_decay is not None and (others := _C.without_gradient(self)):
@@ -323,7 +325,7 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
     try:
         while isinstance(answer, (_C.Missing, _C.Wants)):
             if isinstance(answer, _C.Wants):
-                _prepare_gpu(self, answer.wants)
+                _prepare_gpu(self, answer.wants, extras)
             elif made:
                 raise RuntimeError("state could not be made for a parameter: its step count must be a number")
             else:
@@ -350,19 +352,27 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
             self._fastopt_options.aside(self, answer.reason, extras, _step_with)
         return
     if isinstance(answer, _C.Launches):
-        self._fastopt_gpu.run(self, answer.launches)
+        try:
+            norm = self._fastopt_gpu.run(self, answer.launches, extras)
+        except BaseException:
+            if first:  # the averages begin with another step
+                for param, _ in made:
+                    self.state[param].pop(EMA, None)
+            raise
+        if norm is not None:
+            self._fastopt_options.norm = norm
     if first:
         copy_averages(self, [param for param, _ in made])
 
 
-def _prepare_gpu(self: Any, wants: tuple[Want, ...]) -> None:
+def _prepare_gpu(self: Any, wants: tuple[Want, ...], extras: Extras | None) -> None:
     from .gpu import Gpu
 
     if self._fastopt_gpu is None:
         gpu = Gpu(self._fastopt.update)
         gpu.begin(self)
         self._fastopt_gpu = gpu
-    self._fastopt_gpu.prepare(self, wants)
+    self._fastopt_gpu.prepare(self, wants, extras)
 
 
 def _torchs_step(self: Any, reason: str) -> None:

@@ -504,10 +504,13 @@ class Recorded(NamedTuple):
 
 
 class Graph:
-    """What a CUDA graph does with copies and launches: none runs at the capture, all of them at each replay."""
+    """What a CUDA graph does with copies and launches: none runs at the capture, all of them at each replay.
+
+    Memory that is asked for meanwhile stays the graph's.
+    """
 
     def __init__(self, monkeypatch):
-        self.work, self.monkeypatch = [], monkeypatch
+        self.work, self.memory, self.monkeypatch = [], [], monkeypatch
 
     @contextlib.contextmanager
     def capture(self):
@@ -518,8 +521,13 @@ class Graph:
 
             return add
 
+        def keep(*arguments, make=torch.empty, **options):
+            self.memory.append(make(*arguments, **options))
+            return self.memory[-1]
+
         with self.monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            patch.setattr(torch, "empty", keep)
             patch.setattr(torch.Tensor, "copy_", record(torch.Tensor.copy_))
             patch.setattr(multi_tensor.Launcher, "launch", record(multi_tensor.Launcher.launch))
             yield

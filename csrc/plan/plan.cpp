@@ -26,7 +26,8 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, con
     ask_class(self);
     as_before = comparing && walk.compare(self, extras.state());
     if (!as_before) in_turn = check(self, fresh, extras.state());
-    if (extras.scales() && !walk.has_all_gradients()) throw Outside{"a norm of gradients on a GPU or in DTensors"};
+    if (extras.scales() && !walk.has_all_gradients()) throw Outside{"a norm of gradients on CPU and GPU, or in DTensors"};
+    if (extras.on_gpu && !walk.cpu.rows.empty()) throw Outside{"a scale or a norm on a GPU, of gradients that are not"};
   } catch (const Outside& outside) {
     return answers.left_to_torch({PyUnicode_FromString(outside.reason)});
   }
@@ -42,7 +43,7 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, con
   if (!walk.gpu.rows.empty()) fill_images(fit), count_steps(walk.gpu, as_before);   // first: rows of the CPU may run without the GIL
   if (!walk.cpu.rows.empty()) count_steps(walk.cpu, as_before), run_rows(in_turn, stages);
   kept = walk.comparable && !in_turn, done = true;
-  return walk.gpu.rows.empty() ? py::reinterpret_borrow<py::object>(answers.DONE) : launches(answers);
+  return walk.gpu.rows.empty() ? py::reinterpret_borrow<py::object>(answers.DONE) : launches(extras, answers);
 }
 
 // A class that replaces a part of torch's step, or adds to it, is not for this library.
@@ -76,6 +77,7 @@ Stages Plan::read_gradients(const Extras& extras) {
   stages.averages = extras.averages, stages.average_weight = 1 - extras.ema_decay;
   if (extras.unscales) stages.factor[stages.factors++] = extras.inverse_scale;
   if (!extras.clips) return stages;
+  if (!walk.gpu.rows.empty()) return norm = {}, stages;   // fastopt/gpu.py's
   const Vec<Row>& rows = walk.cpu.rows;
   firsts.clear();
   size_t count = 0;
@@ -181,19 +183,19 @@ py::object Plan::wants(const Answers& answers) {
     if (image.wants_buffer())
       wants.append(answers.want({PyLong_FromSize_t(place), PyLong_FromLong(kernel.device), PyLong_FromLong(long(kernel.used)),
                                  PyLong_FromLong(int(kernel.param)), PyLong_FromLong(int(kernel.state)), PyBool_FromLong(kernel.capturable),
-                                 PyLong_FromLongLong(image.needed)}));
+                                 PyBool_FromLong(kernel.averages), PyLong_FromLongLong(image.needed)}));
     place++;
   }
   if (wants.empty()) return py::object();
   return answers.wants({PyList_AsTuple(wants.ptr())});
 }
 
-py::object Plan::launches(const Answers& answers) {
+py::object Plan::launches(const Extras& extras, const Answers& answers) {
   py::list launches;
   size_t place = 0;
   for (const Image& image : walk.images) {
     const int64_t prepared = image.kernel.capturable ? image.rows : 0;
-    if (image.programs || prepared)
+    if (image.programs || prepared || (extras.clips && image.rows))   // without elements there is a norm all the same
       launches.append(answers.launch({PyLong_FromSize_t(place), PyLong_FromLongLong(image.programs), PyLong_FromLongLong(image.table_at),
                                       PyLong_FromLongLong(image.scalars_at), PyLong_FromLongLong(image.changed_from),
                                       PyLong_FromLongLong(image.changed_to), PyLong_FromVoidPtr(const_cast<int64_t*>(image.words.data())),

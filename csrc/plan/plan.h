@@ -13,7 +13,7 @@ class Plan {
   // One step of the optimizer; `fresh`: a list with the parameters whose slots were made for it, emptied before anything is written, or
   // null.
   py::object step(PyObject* self, PyObject* fresh, const Extras& extras, const Answers& answers);
-  // The norm of all gradients at the last step that clipped, before clipping; undefined if there was none.
+  // The norm of all gradients at the last step that clipped, before clipping; undefined if there was none, or on a GPU.
   at::Tensor grad_norm() const { return norm.known ? scalar_tensor(norm.value, norm.f64) : at::Tensor(); }
   // The parameters that the last step left out, or nothing if it was not done.
   py::list without_gradient() const;
@@ -32,7 +32,7 @@ class Plan {
   void run_rows(bool in_turn, const Stages& stages);
   void fill_images(bool fit);
   py::object wants(const Answers& answers);
-  py::object launches(const Answers& answers);
+  py::object launches(const Extras& extras, const Answers& answers);
 
   const Algorithm& algorithm;
   Walk walk;

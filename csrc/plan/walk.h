@@ -53,8 +53,8 @@ class Walk {
     for (const SeenParam& own : seen)
       if (!own.has_grad) f(own.object);
   }
-  // Whether the rows of the CPU have all gradients, whole.
-  bool has_all_gradients() const { return gpu.rows.empty() && specs.empty(); }
+  // Whether either the rows of the CPU or those of GPUs have all gradients, whole.
+  bool has_all_gradients() const { return (gpu.rows.empty() || cpu.rows.empty()) && specs.empty(); }
   // Whether state was made for this step, of an algorithm without step count.
   bool any_fresh() const { return !fresh_params.empty(); }
 
