@@ -27,6 +27,7 @@ from fastopt import gpu_passes  # noqa: E402
 from .test_gpu import CHUNK, Graph, capturable_rows, triton_serves_cpu_tensors  # noqa: E402
 from .test_gpu_passes import EXTREME, on_cpu  # noqa: E402
 from .test_kernels import ROCM, accesses, compiled_for  # noqa: E402
+from .tools import sass  # noqa: E402
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = (0, 1, 5, 33, 300, CHUNK + 1)
@@ -483,6 +484,14 @@ def test_accesses_are_wide(row, dtype, idle_gpu):
     operands = 1 if dtype == BF16 else 3 + len(row.slots)  # that are loaded; the average has 32 bits
     assert ptx.count(f"ld.global.{wide}") >= operands and ptx.count(f"st.global.{wide}") >= max(1, operands - 1)
     assert f"ld.global.{wide}" in norm.compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("factors, average, registers", [(1, False, 64), (2, False, 64), (2, True, 80)])
+def test_registers_on_sm_90(factors, average, registers, idle_gpu):
+    """Of float32 Adam. Factors take none; an average leaves room for 768 threads of each multiprocessor."""
+    launcher = multi_tensor.update_launcher("adam", 0b011, F32, F32, 90, factors, average)
+    code = sass.report(launcher.compiled)
+    assert code.registers <= registers and code.spills == 0
 
 
 @pytest.mark.parametrize("target", ROCM, ids=lambda target: target.arch)
