@@ -50,7 +50,8 @@ class Options:
         if self.any() and _C is None:
             raise RuntimeError(NO_EXTENSION)
         self.norm: Tensor | None = None  # of the last step, if it was not the plan's
-        self.searched: tuple[float, float] | None = None  # by fastopt.GradScaler: the inverse scale, and the norm
+        # By fastopt.GradScaler: the inverse scale, and the norm.
+        self.searched: tuple[float | Tensor, float | Tensor] | None = None
 
     # The optimizer's attributes of these names, while they are set.
     grad_scale: Tensor | float | None = None

@@ -1052,3 +1052,32 @@ def test_uploads_of_a_large_model(tmp_path):
     assert all(result["tensors"] == 291 and result["copies"] <= 1 for result in found)
     assert uploaded[1, False, "nothing changes"] == uploaded[1, False, "lr changes"] == 0
     assert uploaded[2, False, "nothing changes"] == 2 * 12 * 4
+
+
+# ---- a scaler
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[-1]], ids=lambda row: row.name)
+def test_grad_scaler(row, dtype, gpu):
+    """Searched and unscaled by kernels: torch's scale, skipped steps and bits; one number is waited for."""
+    from .test_grad_scaler import drive, same
+
+    def run(cls, **own):
+        generator = torch.Generator().manual_seed(0)
+        start = [torch.randn(size, generator=generator).to(dtype) for size in ((), (5,), (CHUNK + 1,))]
+        params = [torch.nn.Parameter(value) for value in start]
+        optimizer = row.ours(params, **row.plain, **own)
+        scaler = cls("cpu", init_scale=2.0**10, growth_factor=1.7, backoff_factor=0.6, growth_interval=2)
+
+        def clip(scaler, optimizer, params):
+            scaler.unscale_(optimizer)
+            fastopt.clip_grad_norm_(params, 2.0)
+
+        return drive(scaler, [optimizer], [params], 5, clip if not own else None), len(gpu.launches)
+
+    before = len(gpu.launches)
+    expected, between = run(torch.amp.GradScaler)
+    folded, after = run(fastopt.GradScaler, max_grad_norm=2.0)
+    same(folded, expected, "folded")
+    assert before < between < after
