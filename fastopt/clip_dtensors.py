@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 Placed = list[tuple[int, Any]]  # places in a list of tensors, with the placements of each
 Meshes = dict[Any, Placed]
 
-NOT_TAKEN = "a norm of DTensors on a GPU's mesh, or neither sharded nor replicated"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

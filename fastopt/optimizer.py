@@ -317,7 +317,7 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
             elif isinstance(answer, _C.Shards):
                 assert extras is not None
                 if (meshes := clip_dtensors.meshes_of(answer.params)) is None:
-                    answer = _C.LeftToTorch((clip_dtensors.NOT_TAKEN,))
+                    answer = _C.LeftToTorch(("a norm of DTensors on a GPU, or neither sharded nor replicated",))
                     break
                 norm = clip_dtensors.norm_over(meshes, functools.partial(_C.norm_of, self))
                 extras = extras._replace(norm=norm)
