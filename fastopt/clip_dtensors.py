@@ -23,7 +23,7 @@ from .backends import _C
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-Placed = list[tuple[int, Any]]  # places in a list of tensors, with the placements of each
+Placed = dict[Any, list[int]]  # by placements: places in a list of tensors
 Meshes = dict[Any, Placed]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -54,7 +54,10 @@ def total_norm(tensors: list[DTensor], order: float) -> DTensor:
     def norm_of(places: list[int]) -> float | Tensor:
         return local_norm([tensors[at]._local_tensor for at in places], order)
 
-    total = _over_mesh(mesh, [(at, tensor.placements) for at, tensor in enumerate(tensors)], norm_of, order)
+    placed: Placed = {}
+    for at, tensor in enumerate(tensors):
+        placed.setdefault(tensor.placements, []).append(at)
+    total = _over_mesh(mesh, placed, norm_of, order)
     if tensors[0].dtype != torch.float64:
         total = total.float()
     return DTensor.from_local(total, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -65,8 +68,9 @@ def _over_mesh(mesh: Any, placed: Placed, norm_of: Callable[[list[int]], float |
     from torch.distributed import all_reduce
 
     coordinate = mesh.get_coordinate()
-    dims = [dim for dim in range(mesh.ndim) if any(_splits(placements[dim]) for _, placements in placed)]
-    own = [at for at, places in placed if all(coordinate[dim] == 0 or _splits(places[dim]) for dim in dims)]
+    dims = [dim for dim in range(mesh.ndim) if any(_splits(placements[dim]) for placements in placed)]
+    counted = [placements for placements in placed if all(coordinate[d] == 0 or _splits(placements[d]) for d in dims)]
+    own = sorted(at for placements in counted for at in placed[placements])
     norms = torch.zeros([mesh.size(dim) for dim in dims], dtype=torch.float64)
     norms[tuple(coordinate[dim] for dim in dims)] = norm_of(own)
     for dim in dims:
@@ -96,13 +100,14 @@ def meshes_of(params: list[Any]) -> Meshes | None:
         if module is None or type(param) is not module.DTensor:
             plain.append(at)
             continue
-        placements = param.placements
-        if param.device_mesh.device_type != "cpu" or not all(map(_is_taken, placements)):
+        spec = param._spec
+        meshes.setdefault(spec.mesh, {}).setdefault(spec.placements, []).append(at)
+    for mesh, placed in meshes.items():
+        if mesh.device_type != "cpu" or not all(_is_taken(place) for placements in placed for place in placements):
             return None
-        meshes.setdefault(param.device_mesh, []).append((at, placements))
     if meshes and plain:
         mesh, placed = next(iter(meshes.items()))
-        placed += [(at, (module.Replicate(),) * mesh.ndim) for at in plain]
+        placed.setdefault((module.Replicate(),) * mesh.ndim, []).extend(plain)
     return meshes
 
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -469,6 +469,37 @@ def clip_where_a_process_has_no_gradient(_):
         optimizer.step()  # goes on
         assert_same_bits(optimizer.grad_norm, fastopt.get_total_norm([full(p.grad) for p in params]), "then")
 
+    alone = DeviceMesh("cpu", [0])
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), line, [Shard(0)]))]
+    params += [nn.Parameter(distribute_tensor(torch.ones(4), alone, [Replicate()]))]
+    optimizer = fastopt.AdamW(params, max_grad_norm=1.0)
+    gradients(params, 0)
+    with contextlib.nullcontext() if rank == 0 else pytest.raises(RuntimeError, match="a device mesh without this"):
+        optimizer.step()
+    assert (optimizer.grad_norm is not None) == (rank == 0) == bool(optimizer.state)
+
+
+def clip_after_unscaling(_):
+    """The norm is that of the unscaled gradients, as they are stored."""
+    line = init_device_mesh("cpu", (dist.get_world_size(),))
+    for row in ROWS:
+        for dtype in (torch.float32, torch.bfloat16):
+            both = []
+            for folded in (True, False):
+                params = placed_parameters((dtype,), (line, (Shard(0),)), (line, (Replicate(),)))
+                optimizer = row.ours(params, **row.plain, **({"max_grad_norm": 0.5} if folded else {}))
+                for step in range(2):
+                    gradients(params, step)
+                    if folded:
+                        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(0.0)
+                    else:
+                        for param in params:
+                            local(param.grad).mul_(torch.tensor(3.0).double().reciprocal().float())
+                        norm = fastopt.clip_grad_norm_(params, 0.5).to_local()
+                    optimizer.step()
+                both.append([optimizer.grad_norm if folded else norm, *values_of(optimizer)])
+            assert_same_bits(*both, f"{row.name} {dtype}")
+
 
 def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -630,7 +661,7 @@ def averages(_):
 
 
 IN_THE_STEP = (
-    clip_in_the_step, clip_where_a_process_has_no_gradient, clip_what_the_plan_does_not_take,
+    clip_in_the_step, clip_where_a_process_has_no_gradient, clip_after_unscaling, clip_what_the_plan_does_not_take,
     clip_in_the_step_of_models, averages,
 )  # fmt: skip
 

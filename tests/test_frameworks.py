@@ -29,7 +29,7 @@ CLIP = 0.05  # what frameworks are told to clip to: less than any norm here
 
 
 def lightning_run(make, folder, epochs, resume=None, clip=CLIP):
-    """Trains with a scheduler and clipping; returns the snapshot at the end and the path of the checkpoint."""
+    """Trains with a scheduler and clipping; returns the snapshot at the end, the checkpoint's path, the optimizer."""
     import lightning
 
     class Module(lightning.LightningModule):
