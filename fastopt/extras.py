@@ -6,17 +6,20 @@ They are options of the object and no keys of its groups, so that its checkpoint
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import clip_dtensors
 from .backends import _C, torch_steps
-from .clip_grad import clip_grad_norm_
+from .clip_grad import clip_grad_norm_, coefficient
 
 KEPT = (torch.float32, torch.bfloat16, torch.float16)  # what the arithmetic for every parameter holds
 EMA = "ema"  # the key in a parameter's state of its running average
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
 class Extras(NamedTuple):
@@ -49,9 +52,27 @@ class Options:
             raise ValueError(f"Invalid state_dtype: {state_dtype!r}; it must be one of {names}, or None")
         if self.any() and _C is None:
             raise RuntimeError(NO_EXTENSION)
+        if "max_grad_norm" in self.given and _is_made_by_zero() and _are_several():
+            raise RuntimeError(
+                "max_grad_norm: ZeroRedundancyOptimizer gives each process a part of the parameters; leave the option "
+                "out and call fastopt.clip_grad_norm_ with the parameters of the model before the step"
+            )
         self.norm: Tensor | None = None  # of the last step, if it was not the plan's
         # By fastopt.GradScaler: the inverse scale, and the norm.
         self.searched: tuple[float | Tensor, float | Tensor] | None = None
+
+    def refuse_parts(self, optimizer: Any) -> None:
+        """The plan asks before it clips parameters that it has not seen yet."""
+        if "torch.distributed.fsdp" not in sys.modules or not _are_several():
+            return
+        for g, group in enumerate(optimizer.param_groups):
+            for i, param in enumerate(group["params"]):
+                if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
+                    raise RuntimeError(
+                        f"max_grad_norm: this process may have only a part of parameter {i} of param group {g}, which "
+                        "FullyShardedDataParallel flattened; leave the option out and call the model's clip_grad_norm_ "
+                        "before the step, or shard the model by fully_shard"
+                    )
 
     # The optimizer's attributes of these names, while they are set.
     grad_scale: Tensor | float | None = None
@@ -102,12 +123,46 @@ class Options:
                 param.grad = grad.clone() if extras.inverse_scale is None else _times(grad, extras.inverse_scale)
             norm = None
             if extras.max_norm is not None:
-                norm = clip_grad_norm_(params, extras.max_norm, error_if_nonfinite=extras.error_if_nonfinite)
+                self.refuse_parts(optimizer)
+                norm = _clip(all_params(optimizer), extras.max_norm, extras.error_if_nonfinite)
             step(extras._replace(max_norm=None, inverse_scale=None, norm=None), optimizer)
             self.norm = norm
         finally:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
+
+
+def _clip(params: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor:
+    """As in the step: also where torch's function refuses, for DTensors beside plain tensors or on several meshes."""
+    meshes = clip_dtensors.meshes_of(params)
+    if not meshes or not all(map(clip_dtensors.is_placed_as_its_grad, params)):
+        norm = clip_grad_norm_(params, max_norm, error_if_nonfinite=error_if_nonfinite)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    local: list[Any] = [getattr(param.grad, "_local_tensor", param.grad) for param in params]
+
+    def norm_of(places: list[int]) -> float | Tensor:
+        return clip_dtensors.local_norm([local[at] for at in places if local[at] is not None], 2.0)
+
+    f64 = any(param.dtype == torch.float64 for param in params)
+    norm = torch.tensor(clip_dtensors.norm_over(meshes, norm_of), dtype=torch.float64 if f64 else torch.float32)
+    if error_if_nonfinite:
+        clip_dtensors.refuse_nonfinite(norm, 2.0)
+    clip_dtensors.scale_([grad for grad in local if grad is not None], coefficient(max_norm, norm))
+    return norm
+
+
+def _are_several() -> bool:
+    """Whether there are other processes."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _is_made_by_zero() -> bool:
+    """Whether an optimizer is being constructed as the one of a process inside torch's ZeroRedundancyOptimizer."""
+    frame = sys._getframe(1) if _ZERO in sys.modules else None
+    while frame is not None and frame.f_globals.get("__name__") != _ZERO:
+        frame = frame.f_back
+    return frame is not None
 
 
 def is_first_average(optimizer: Any) -> bool:

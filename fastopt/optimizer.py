@@ -22,6 +22,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
+from . import clip_dtensors
 from .backends import _C, torch_steps
 from .extras import (
     EMA,
@@ -323,9 +324,16 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
     first = False  # whether running averages begin
     fresh: list[Tensor | None] = []  # those of them whose slots were made, and a None; until the plan writes
     try:
-        while isinstance(answer, (_C.Missing, _C.Wants)):
+        while isinstance(answer, (_C.Missing, _C.Wants, _C.Shards)):
             if isinstance(answer, _C.Wants):
                 _prepare_gpu(self, answer.wants, extras)
+            elif isinstance(answer, _C.Shards):
+                assert extras is not None
+                if (meshes := clip_dtensors.meshes_of(answer.params)) is None:
+                    answer = _C.LeftToTorch(("a norm of DTensors on a GPU, or neither sharded nor replicated",))
+                    break
+                norm = clip_dtensors.norm_over(meshes, functools.partial(_C.norm_of, self))
+                extras = extras._replace(norm=norm)
             elif made:
                 raise RuntimeError("state could not be made for a parameter: its step count must be a number")
             else:
@@ -334,7 +342,7 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
                 made = [(param, dict(self.state[param]) if param in self.state else None) for param in params]
                 fresh = [None]
                 fresh += _make_state(self, answer.params, extras)
-            answer = _C.step(self, fresh, extras)
+            answer = _C.step(self, fresh or None, extras)
     except BaseException:
         if fresh:
             _unmake_state(self, made)

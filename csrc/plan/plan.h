@@ -15,6 +15,8 @@ class Plan {
   py::object step(PyObject* self, PyObject* fresh, const Extras& extras, const Answers& answers);
   // The norm of all gradients at the last step that clipped, before clipping; undefined if there was none, or on a GPU.
   at::Tensor grad_norm() const { return norm.known ? scalar_tensor(norm.value, norm.f64) : at::Tensor(); }
+  // After an answer Shards: the norm of the gradients that are here of some of its parameters, which `places` names.
+  double norm_of(const std::vector<size_t>& places) const;
   // The parameters that the last step left out, or nothing if it was not done.
   py::list without_gradient() const;
   // A buffer on the device was made for an image.
@@ -24,8 +26,11 @@ class Plan {
 
  private:
   void ask_class(PyObject* self);
-  bool check(PyObject* self, PyObject* fresh, unsigned extra_state);
-  Stages read_gradients(const Extras& extras);
+  bool check(PyObject* self, PyObject* fresh, const Extras& extras);
+  Stages factors(const Extras& extras) const;
+  void read_gradients(const Stages& stages);
+  void clip(const Extras& extras, Stages& stages);
+  py::object shards(const Answers& answers) const;
   void count_repeated_steps();
   void count_steps(const Batch& batch, bool as_before);
   void point_rows();
@@ -44,6 +49,7 @@ class Plan {
   bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
   bool done = false;                              // whether the last step was
   bool kept = false;                              // whether what the walk saw is there to be compared
+  bool waiting = false;                           // for the norm of all processes: the last answer was Shards
   struct Norm {
     bool known = false, f64;
     double value;

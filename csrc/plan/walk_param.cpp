@@ -57,7 +57,7 @@ void Walk::read_param(PyObject* object, Where where, SeenGroup& group, Reader& s
   SeenParam& own = seen.emplace_back();
   Found& f = found.back();
   own.object = object, own.type = Py_TYPE(object), own.specs = -1, f.where = where;
-  f.is_dtensor = !exact && DTensors::is(object);
+  f.is_dtensor = !exact && DTensors::is(object), any_dtensor |= f.is_dtensor;
   try {
     if (!exact && !f.is_dtensor && has_own_grad(object)) throw Outside{"a parameter is of a class with a grad of its own"};
     comparable &= exact || f.is_dtensor;
@@ -279,7 +279,7 @@ C10_ALWAYS_INLINE void Walk::prefetch(const SeenParam& own) const {
   for (PyObject* object : {own.object, own.entry, own.state[0], own.state[1], own.state[2], own.state[3], own.step}) __builtin_prefetch(object);
 }
 
-bool Walk::compare_params(size_t begin, size_t end) {
+bool Walk::compare_params(size_t begin, size_t end, int steps) {
   if (begin == end) return true;
   auto begins_behind = [](size_t at, const SeenGroup& group) { return at < group.first; };
   auto group = std::upper_bound(seen_groups.begin(), seen_groups.end(), begin, begins_behind) - 1;
@@ -287,13 +287,14 @@ bool Walk::compare_params(size_t begin, size_t end) {
     PyObject** const params = PySequence_Fast_ITEMS(group->params);
     for (const size_t upto = std::min(end, group->first + size_t(group->count)); at < upto; at++) {
       if (at + fetched_ahead < end) prefetch(seen[at + fetched_ahead]);
-      if (!compare_param(params[at - group->first], seen[at])) return false;
+      if (!compare_param(params[at - group->first], seen[at], steps)) return false;
     }
   }
   return true;
 }
 
-C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own) {
+// `steps`: by how many the count has risen since.
+C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own, int steps) {
   if (object != own.object || Py_TYPE(object) != own.type) return false;
   TensorImpl* param = impl_of(object);
   const at::Tensor& grad_tensor = param->grad();
@@ -345,7 +346,7 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own) {
       if (on_host) {
         w.count = count;
         const double t = next_count(w);
-        if (t != w.t + 1) return false;
+        if (t != w.t + steps) return false;
         w.t = t;
       } else {
         const int64_t address = reinterpret_cast<int64_t>(count) + !w.count_f64;
