@@ -16,6 +16,7 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"fastopt: setuptools {setuptools.__version__} is too old to build it; pip install 'setuptools>=77'")
@@ -93,6 +94,15 @@ def minor(version):
 
 def name_for(version):
     return "fastopt._C_torch" + minor(version).replace(".", "_")
+
+
+class BuildModules(build_py):
+    """A build_py that leaves no module of a build before it: setuptools installs whatever lies in build/."""
+
+    def run(self):
+        super().run()
+        for old in {*Path(self.build_lib, "fastopt").rglob("*.py")} - {Path(path) for path in self.get_outputs()}:
+            old.unlink()
 
 
 def says_why(command):
@@ -192,4 +202,5 @@ elif torches := os.environ.get("FASTOPT_TORCHES"):
     options = for_many_torches([Path(folder) for folder in torches.split()])
 else:
     options = for_this_torch()
+options["cmdclass"] = {"build_py": BuildModules, **options.get("cmdclass", {})}
 setup(**options)
