@@ -29,7 +29,7 @@ $(VENV)/tools: pyproject.toml
 	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja numpy "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 	touch $@
 
-$(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*/*)
+$(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	FASTOPT_CXXFLAGS="-Wall -Werror=unused -Werror=return-type" $(PY) -m pip install --quiet --no-build-isolation -e ".[demo,test]"
 	touch $@
 

@@ -306,7 +306,7 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own, int
   Written& w = batch.written[own.row];
   const Specs* const spec = own.specs < 0 ? nullptr : &specs[size_t(own.specs)];
   // The tensor that an object is or, if it is a DTensor placed as before, its local tensor; else null.
-  auto unpack = [&](PyObject* tensor, int k) -> TensorImpl* {
+  auto unpack = [&](PyObject* tensor, int k) C10_ALWAYS_INLINE_ATTRIBUTE -> TensorImpl* {
     if (!spec) return is_exact(tensor) ? impl_of(tensor) : nullptr;
     return DTensors::is(tensor) && DTensors::spec(tensor) == (*spec)[size_t(k)].ptr() ? DTensors::local(tensor) : nullptr;
   };
@@ -321,7 +321,7 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own, int
   if (!param->is_non_overlapping_and_dense() || !is_alike(grad)) return false;
 
   bool differs = false;                           // an address
-  auto read_address = [&](int k, const TensorImpl* t) {
+  auto read_address = [&](int k, const TensorImpl* t) C10_ALWAYS_INLINE_ATTRIBUTE {
     void* data = address_or_null(t, itemsize(row.dtype[k]), k != 1, own.device);
     differs |= row.data[k] != data;
     row.data[k] = data;
