@@ -187,9 +187,10 @@ def average(optimizer: Any, params: list[Tensor], ema_decay: float) -> None:
 
 def average_all(optimizer: Any, ema_decay: float, first: bool) -> None:
     """The same after a step of torch's own."""
-    known = [param for param in all_params(optimizer) if optimizer.state.get(param)]
+    state = optimizer.state
+    known = [param for param in all_params(optimizer) if param.grad is not None or EMA in state.get(param, ())]
     for param in known:
-        optimizer.state[param].setdefault(EMA, average_of(param))
+        state[param].setdefault(EMA, average_of(param))
     if not first:
         average(optimizer, known, ema_decay)
 
