@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "counted.h"
 #include "rows.h"
@@ -18,7 +19,10 @@ struct Kernel {
   unsigned used;
   DType param, state;
   bool capturable, averages;              // averages: the table has a column for the parameters' running averages
-  bool operator==(const Kernel& other) const = default;
+  bool operator==(const Kernel& other) const {
+    auto all = [](const Kernel& k) { return std::tie(k.device, k.used, k.param, k.state, k.capturable, k.averages); };
+    return all(*this) == all(other);
+  }
 };
 
 // The hyper-parameters of a param group: numbers, or addresses of numbers on the device (0: there is none).
