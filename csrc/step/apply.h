@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "companions.h"
 #include "isa.h"
 #include "passes.h"
 #include "round.h"
@@ -208,9 +209,11 @@ template <class P> inline void scale_all(const P* from, P* to, int64_t n, int64_
 
 constexpr int updated = 2 + max_slots;            // operands of an update: param, grad, slots
 
+constexpr int companion = 2 + companion_slot;
+
 // The update that runs on memory itself, or null.
 Update find_direct(const Row& row) {
-  if (row.layout) return nullptr;
+  if (row.layout || row.data[companion]) return nullptr;
   const DType param = row.dtype[0];
   if (row.data[1] && row.dtype[1] != param) return nullptr;
   DType state = param;
@@ -240,9 +243,77 @@ void apply_directly(Update update, const Row& row, int64_t at, int64_t n, int64_
   update(data, n, rest, row.scalars);
 }
 
+// Elements [at, at + n) of an operand, one after the other: where they lie, or in a block.
+template <class S> S* in_order(const Row& row, int k, int64_t at, S* block) { return row.layout ? block : static_cast<S*>(row.data[k]) + at; }
+template <class S> void gather(const Row& row, int k, int64_t at, int64_t n, S* to) {
+  if (!row.layout) return;
+  for_runs(static_cast<const S*>(row.data[k]), row.layout, k, at, n, [&](const S* from, int64_t i, int64_t run, int64_t stride) {
+    for (int64_t j = 0; j < run; j++) to[i + j] = from[j * stride];
+  });
+}
+template <class S> void scatter(const S* from, const Row& row, int k, int64_t at, int64_t n) {
+  if (!row.layout) return;
+  for_runs(static_cast<S*>(row.data[k]), row.layout, k, at, n, [&](S* to, int64_t i, int64_t run, int64_t stride) {
+    for (int64_t j = 0; j < run; j++) to[j * stride] = from[i + j];
+  });
+}
+
+// The masters of a parameter S with companion C.
+template <class S, class C> void load_masters(const Row& row, int64_t at, int64_t n, float* to) {
+  alignas(64) S numbers[block];
+  alignas(64) C companions[block];
+  gather(row, 0, at, n, numbers), gather(row, companion, at, n, companions);
+  load_masters(to, in_order(row, 0, at, numbers), in_order(row, companion, at, companions), n);
+}
+template <class S, class C> void store_masters(const float* from, const Row& row, int64_t at, int64_t n) {
+  alignas(64) S numbers[block];
+  alignas(64) C companions[block];
+  store_masters(from, in_order(row, 0, at, numbers), in_order(row, companion, at, companions), n);
+  scatter(numbers, row, 0, at, n), scatter(companions, row, companion, at, n);
+}
+void load_masters(const Row& row, int64_t at, int64_t n, float* to) {
+  if (row.dtype[0] == DType::bf16) load_masters<bfloat16, int16_t>(row, at, n, to);
+  else load_masters<float16, float>(row, at, n, to);
+}
+void store_masters(const float* from, const Row& row, int64_t at, int64_t n) {
+  if (row.dtype[0] == DType::bf16) store_masters<bfloat16, int16_t>(from, row, at, n);
+  else store_masters<float16, float>(from, row, at, n);
+}
+
+template <class S> void store_stochastically(const float* from, const Row& row, int64_t at, int64_t n) {
+  alignas(64) uint16_t randoms[block];
+  alignas(64) S numbers[block];
+  Randoms(row.draws.seed, row.draws.step, row.draws.position).draw(at, n, randoms);
+  store_stochastically(from, in_order(row, 0, at, numbers), randoms, n);
+  scatter(numbers, row, 0, at, n);
+}
+
+template <class T> void load_operand(const Row& row, int k, int64_t at, int64_t n, T* to) {
+  with_type(row.dtype[k], row.data[k], [&](auto* memory) {
+    for_runs(memory, row.layout, k, at, n, [&](auto* from, int64_t i, int64_t run, int64_t stride) { load(to + i, from, run, stride); });
+  });
+}
+template <class T> void store_operand(const T* from, const Row& row, int k, int64_t at, int64_t n) {
+  with_type(row.dtype[k], row.data[k], [&](auto* memory) {
+    for_runs(memory, row.layout, k, at, n, [&](auto* to, int64_t i, int64_t run, int64_t stride) { store(from + i, to, run, stride); });
+  });
+}
+
+// The running average of masters.
+void average_masters(const float* masters, const Row& row, int64_t at, int64_t n, const Average::Scalars<float>& scalars) {
+  constexpr int average = 2 + average_slot;
+  alignas(64) float averages[block];
+  load_operand(row, average, at, n, averages);
+  void* data[updated] = {averages, const_cast<float*>(masters)};
+  update<Average, 0, float, float, float>(data, n, n, &scalars);
+  store_operand(averages, row, average, at, n);
+}
+
 template <class T> void apply_in_blocks(const Row& row, const Stages& stages, int64_t begin, int64_t end, DType compute) {
   const Update update = find_update<T, T, T>(row);
   const bool scales = stages.factors && row.data[1];
+  const bool has_masters = row.data[companion], draws = stages.draws && itemsize(row.dtype[0]) == 2;
+  const Average::Scalars<float> average(stages.average_weight);
   void* data[updated] = {};
   alignas(64) T blocks[updated][block];
   for (int64_t at = begin; at < end; at += block) {
@@ -254,11 +325,12 @@ template <class T> void apply_in_blocks(const Row& row, const Stages& stages, in
         continue;
       }
       data[k] = blocks[k];
-      with_type(row.dtype[k], row.data[k], [&](auto* memory) {
-        for_runs(memory, row.layout, k, at, n, [&](auto* from, int64_t i, int64_t run, int64_t stride) {
-          load(blocks[k] + i, from, run, stride);
-        });
-      });
+      if constexpr (std::is_same_v<T, float>)
+        if (k == 0 && has_masters) {
+          load_masters(row, at, n, blocks[0]);
+          continue;
+        }
+      load_operand(row, k, at, n, blocks[k]);
     }
     if (scales)
       with_type(row.dtype[1], row.data[1], [&](auto* memory) {
@@ -270,12 +342,17 @@ template <class T> void apply_in_blocks(const Row& row, const Stages& stages, in
     update(data, n, n, row.scalars);
     for (int k = 0; k < updated; k++) {
       if (k == 1 || data[k] != blocks[k]) continue;
-      with_type(row.dtype[k], row.data[k], [&](auto* memory) {
-        for_runs(memory, row.layout, k, at, n, [&](auto* to, int64_t i, int64_t run, int64_t stride) {
-          store(blocks[k] + i, to, run, stride);
-        });
-      });
+      if constexpr (std::is_same_v<T, float>)
+        if (k == 0 && (has_masters || draws)) {
+          if (has_masters) store_masters(blocks[0], row, at, n);
+          else if (row.dtype[0] == DType::bf16) store_stochastically<bfloat16>(blocks[0], row, at, n);
+          else store_stochastically<float16>(blocks[0], row, at, n);
+          continue;
+        }
+      store_operand(blocks[k], row, k, at, n);
     }
+    if constexpr (std::is_same_v<T, float>)
+      if (has_masters && stages.averages && row.data[2 + average_slot]) average_masters(blocks[0], row, at, n, average);
   }
 }
 
@@ -306,8 +383,10 @@ class AverageRow {
 };
 
 void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end) {
-  const Update direct = find_direct(row);
-  const bool scales = stages.factors && row.data[1], averages = stages.averages && row.data[2 + average_slot];
+  const bool draws = stages.draws && itemsize(row.dtype[0]) == 2;
+  const Update direct = draws ? nullptr : find_direct(row);
+  const bool scales = stages.factors && row.data[1];
+  const bool averages = stages.averages && row.data[2 + average_slot] && !row.data[companion];   // of masters: in their blocks
   auto update = [&](int64_t at, int64_t n) {
     if (!direct && row.dtype[0] == DType::f64) return apply_in_blocks<double>(row, stages, at, at + n, DType::f64);
     if (!direct) return apply_in_blocks<float>(row, stages, at, at + n, DType::f32);
