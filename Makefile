@@ -9,7 +9,7 @@ TRITON ?= $(if $(filter Darwin,$(shell uname)),,triton>=3.6,<3.10)
 OTHER_TRITON ?= 3.7.1
 CXX ?= g++
 PY := $(VENV)/bin/python
-CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wall -Wextra -Werror -pthread
+CORE_FLAGS := -std=c++17 -Icsrc -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -pthread
 CORE := $(wildcard tests/native/*.cpp csrc/step/*.cpp)
 CORE_DEPS := $(CORE) $(wildcard tests/native/*.h csrc/step/*.h)
 
@@ -29,7 +29,7 @@ $(VENV)/tools: pyproject.toml
 	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja numpy "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 	touch $@
 
-$(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*/*)
+$(VENV)/installed: $(VENV)/tools setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	FASTOPT_CXXFLAGS="-Wall -Werror=unused -Werror=return-type" $(PY) -m pip install --quiet --no-build-isolation -e ".[demo,test]"
 	touch $@
 

@@ -22,6 +22,7 @@ class Want(NamedTuple):
     param: int
     state: int
     capturable: bool
+    averages: bool
     words: int
 
 class Done(NamedTuple): ...
@@ -34,6 +35,9 @@ class Wants(NamedTuple):
 
 class Missing(NamedTuple):
     params: list[tuple[dict[str, Any], Tensor]]
+
+class Shards(NamedTuple):
+    params: list[Tensor]
 
 class GpuPart(NamedTuple):
     dtype: int
@@ -58,7 +62,7 @@ class GpuPass(NamedTuple):
 class LeftToTorch(NamedTuple):
     reason: str
 
-Answer: TypeAlias = Done | Launches | Wants | Missing | LeftToTorch
+Answer: TypeAlias = Done | Launches | Wants | Missing | Shards | LeftToTorch
 DONE: Done
 
 torch_version: str
@@ -68,6 +72,7 @@ dtypes: list[str]
 def watched() -> bool: ...
 def step(optimizer: Any, fresh: list[Any] | None = ..., extras: tuple[Any, ...] | None = ...) -> Answer: ...
 def grad_norm(optimizer: Any) -> Tensor | None: ...
+def norm_of(optimizer: Any, places: list[int]) -> float: ...
 def without_gradient(optimizer: Any) -> list[Tensor]: ...
 def set_buffer(optimizer: Any, image: int, words: int, address: int) -> None: ...
 def take_back(optimizer: Any, image: int) -> None: ...

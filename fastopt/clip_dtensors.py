@@ -5,12 +5,14 @@ its own place of a vector of zeros that is summed over the mesh: the numbers arr
 order of the processes, so that all have the same bits. A mesh of several dimensions takes an all-reduce along each of
 those over which anything is sharded; tensors that are replicated everywhere take none.
 
-Only DTensors of one CPU mesh that are sharded or replicated. The rest is torch's own.
+The functions by name take DTensors of one CPU mesh that are sharded or replicated, and leave the rest to torch. A step
+that clips takes those of several CPU meshes too, and plain tensors beside them: `Meshes`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +22,9 @@ from .backends import _C
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+Placed = dict[Any, list[int]]  # by placements: places in a list of tensors
+Meshes = dict[Any, Placed]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -33,7 +38,7 @@ def dtensors_of_one_mesh(tensors: list[Any]) -> list[DTensor] | None:
     taken = mesh.device_type == "cpu" and mesh.get_coordinate() is not None
     dtypes = {tensor.dtype for tensor in tensors}
     for tensor in tensors:
-        placed = all(type(place) in (module.Shard, module.Replicate) for place in tensor.placements)
+        placed = all(map(_is_taken, tensor.placements))
         taken = taken and placed and tensor.device_mesh == mesh and tensor.dtype in _DTYPES
     # A product of float32 numbers and a float64 norm depends on their shapes: torch's.
     return tensors if taken and (len(dtypes) == 1 or torch.float64 not in dtypes) else None
@@ -42,37 +47,102 @@ def dtensors_of_one_mesh(tensors: list[Any]) -> list[DTensor] | None:
 @torch.no_grad()
 def total_norm(tensors: list[DTensor], order: float) -> DTensor:
     """Their norm, a DTensor that is replicated over the mesh, as torch's is."""
-    from torch.distributed import all_reduce
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = tensors[0].device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    dims = [dim for dim in range(mesh.ndim) if any(tensor.placements[dim].is_shard() for tensor in tensors)]
-    own = [
-        local
-        for tensor in tensors
-        if (local := tensor._local_tensor).numel()
-        and all(coordinate[dim] == 0 or tensor.placements[dim].is_shard() for dim in dims)
-    ]
-    norms = torch.zeros([mesh.size(dim) for dim in dims], dtype=torch.float64)
-    norms[tuple(coordinate[dim] for dim in dims)] = _local_norm(own, order)
-    for dim in dims:
-        all_reduce(norms, group=mesh.get_group(dim))
-    total = _C.total_norm(norms.flatten(), order, False)
+
+    def norm_of(places: list[int]) -> float | Tensor:
+        return local_norm([tensors[at]._local_tensor for at in places], order)
+
+    placed: Placed = {}
+    for at, tensor in enumerate(tensors):
+        placed.setdefault(tensor.placements, []).append(at)
+    total = _over_mesh(mesh, placed, norm_of, order)
     if tensors[0].dtype != torch.float64:
         total = total.float()
     return DTensor.from_local(total, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _local_norm(tensors: list[Tensor], order: float) -> float | Tensor:
+def _over_mesh(mesh: Any, placed: Placed, norm_of: Callable[[list[int]], float | Tensor], order: float) -> Tensor:
+    """In float64, of what the processes of the mesh have together, each of it once."""
+    from torch.distributed import all_reduce
+
+    coordinate = mesh.get_coordinate()
+    dims = [dim for dim in range(mesh.ndim) if any(_splits(placements[dim]) for placements in placed)]
+    counted = [placements for placements in placed if all(coordinate[d] == 0 or _splits(placements[d]) for d in dims)]
+    own = sorted(at for placements in counted for at in placed[placements])
+    norms = torch.zeros([mesh.size(dim) for dim in dims], dtype=torch.float64)
+    norms[tuple(coordinate[dim] for dim in dims)] = norm_of(own)
+    for dim in dims:
+        all_reduce(norms, group=mesh.get_group(dim))
+    return cast(Tensor, _C.total_norm(norms.flatten(), order, False))
+
+
+def _splits(place: Any) -> bool:
+    """A _StridedShard is what is left of a shard of the tensor parallel kind when FSDP2 shards it again."""
+    return type(place).__name__ in ("Shard", "_StridedShard")
+
+
+def _is_taken(place: Any) -> bool:
+    return _splits(place) or type(place).__name__ == "Replicate"
+
+
+def meshes_of(params: list[Any]) -> Meshes | None:
+    """The places in the list of the parameters on each mesh; None if there is one that is not taken.
+
+    The same answer in all processes, whatever gradients they have: all take part in the same reductions. What is no
+    DTensor is in each process, as a tensor that is replicated on the first mesh.
+    """
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    meshes: Meshes = {}
+    plain = []
+    for at, param in enumerate(params):
+        if module is None or type(param) is not module.DTensor:
+            plain.append(at)
+            continue
+        spec = param._spec
+        meshes.setdefault(spec.mesh, {}).setdefault(spec.placements, []).append(at)
+    for mesh, placed in meshes.items():
+        if mesh.device_type != "cpu" or not all(_is_taken(place) for placements in placed for place in placements):
+            return None
+    if meshes and plain:
+        mesh, placed = next(iter(meshes.items()))
+        placed.setdefault((module.Replicate(),) * mesh.ndim, []).extend(plain)
+    return meshes
+
+
+def is_placed_as_its_grad(param: Any) -> bool:
+    """Or has none. The plan refuses those that are not."""
+    grad = param.grad
+    return grad is None or getattr(grad, "placements", None) == getattr(param, "placements", None)
+
+
+@torch.no_grad()
+def norm_over(meshes: Meshes, norm_of: Callable[[list[int]], float | Tensor]) -> float:
+    """The norm of the gradients of a step, the same in all processes. ``norm_of``: of those here at some places.
+
+    Raises:
+        RuntimeError: a parameter is on a mesh without this process.
+    """
+    norms = [_over_mesh(mesh, its, norm_of, 2.0) for mesh, its in meshes.items() if mesh.get_coordinate() is not None]
+    if len(norms) != len(meshes):  # after the reductions of the others, which wait for this process
+        raise RuntimeError(
+            "max_grad_norm: a parameter is a DTensor on a device mesh without this process, which cannot know the norm "
+            "of its gradient; give the optimizer only parameters of this process, or clip beside the step"
+        )
+    return float(norms[0] if len(norms) == 1 else _C.total_norm(torch.stack(norms), 2.0, False))
+
+
+def local_norm(tensors: list[Tensor], order: float) -> float | Tensor:
     """Not rounded to float32. Whatever the tensors are: no process may answer otherwise than the others."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
     if not tensors:
         return 0.0
     norm = _C.norm(tensors, order)
     if isinstance(norm, float):
         return norm
-    norms = [torch.linalg.vector_norm(tensor, order, dtype=torch.float64) for tensor in tensors]
+    wide = [torch.complex128 if tensor.is_complex() else torch.float64 for tensor in tensors]
+    norms = [torch.linalg.vector_norm(tensor, order, dtype=d) for tensor, d in zip(tensors, wide, strict=True)]
     return cast(Tensor, torch.linalg.vector_norm(torch.stack(norms), order))
 
 
@@ -84,9 +154,14 @@ def replicated(norm: Any) -> Tensor | None:
     return norm._local_tensor if all(place.is_replicate() for place in norm.placements) else None
 
 
+def refuse_nonfinite(norm: Tensor, order: float) -> None:
+    """As torch's functions with ``error_if_nonfinite``."""
+    _C.total_norm(norm, order, True)  # the norm of a norm
+
+
 @torch.no_grad()
-def scale_(tensors: list[DTensor], factor: float) -> None:
-    """Multiplies them by a number, in place."""
-    local = [tensor._local_tensor for tensor in tensors]
+def scale_(tensors: list[Any], factor: float) -> None:
+    """Multiplies DTensors, or their local tensors, by a number, in place."""
+    local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
     if _C.scale_(local, factor):
         torch._foreach_mul_(local, factor)

@@ -65,14 +65,11 @@ def clip_grad_norm_(
     if type(parameters) is not list and not isinstance(parameters, Tensor):
         parameters = _listed(parameters)
     answer = _C.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
-    if type(answer) is Tensor:
-        return answer
-    answer = on_gpu(answer, "clip", None, error_if_nonfinite)
-    if type(answer) is Tensor:
+    if type(answer) is Tensor or type(answer := on_gpu(answer, "clip", None, error_if_nonfinite)) is Tensor:
         return answer
     if grads := _dtensor_grads(parameters, norm_type):
         norm = get_total_norm(grads, norm_type, error_if_nonfinite)
-        clip_dtensors.scale_(grads, _factor(max_norm, cast(Any, norm)._local_tensor))
+        clip_dtensors.scale_(grads, coefficient(max_norm, cast(Any, norm)._local_tensor))
         return norm
     arguments = parameters, max_norm, norm_type, error_if_nonfinite, foreach
     return cast(Tensor, left_to_torch(_torch_clip_grad_norm, answer, *arguments))
@@ -106,19 +103,12 @@ def get_total_norm(
     if type(tensors) is not list and not isinstance(tensors, Tensor):
         tensors = list(tensors)
     answer = _C.total_norm(tensors, norm_type, error_if_nonfinite)
-    if type(answer) is Tensor:
-        return answer
-    answer = on_gpu(answer, "norm", None, error_if_nonfinite)
-    if type(answer) is Tensor:
+    if type(answer) is Tensor or type(answer := on_gpu(answer, "norm", None, error_if_nonfinite)) is Tensor:
         return answer
     if found := _dtensors(tensors, norm_type):
         norm = clip_dtensors.total_norm(found, float(norm_type))
-        if error_if_nonfinite and not norm._local_tensor.isfinite():
-            raise RuntimeError(
-                f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it "
-                "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-                "`error_if_nonfinite=False`"
-            )
+        if error_if_nonfinite:
+            clip_dtensors.refuse_nonfinite(norm._local_tensor, float(norm_type))
         return norm
     return cast(Tensor, left_to_torch(_torch_get_total_norm, answer, tensors, norm_type, error_if_nonfinite, foreach))
 
@@ -151,13 +141,13 @@ def clip_grads_with_norm_(
         grads, norm = _dtensor_grads(parameters, 2.0), clip_dtensors.replicated(total_norm)
         if not grads or norm is None:
             return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
-        clip_dtensors.scale_(grads, _factor(max_norm, norm))
+        clip_dtensors.scale_(grads, coefficient(max_norm, norm))
         return
     answer: Any
     if total_norm.device.type == _C.gpu_type():
         answer = on_gpu(_C.scale_grads_(parameters, float(max_norm), total_norm), "scale", total_norm)
     elif total_norm.device.type == "cpu" and total_norm.dtype != torch.float64:
-        answer = _C.scale_grads_(parameters, _factor(max_norm, total_norm), None)
+        answer = _C.scale_grads_(parameters, coefficient(max_norm, total_norm), None)
     else:
         return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
     if answer:
@@ -191,7 +181,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         left_to_torch(_torch_clip_grad_value, answer, parameters, clip_value, foreach)
 
 
-def _factor(max_norm: float, total_norm: Tensor) -> float:
+def coefficient(max_norm: float, total_norm: Tensor) -> float:
     """As torch computes it, on tensors without dimensions."""
     return float(torch.clamp(float(max_norm) / (total_norm.detach() + 1e-6), max=1.0))
 

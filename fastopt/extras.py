@@ -5,18 +5,22 @@ They are options of the object and no keys of its groups, so that its checkpoint
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import clip_dtensors
 from .backends import _C, torch_steps
-from .clip_grad import clip_grad_norm_
+from .clip_grad import clip_grad_norm_, coefficient
 from .masters import COMPANIONS, add_companion, master_of
 
 KEPT = (torch.float32, torch.bfloat16, torch.float16)  # what the arithmetic for every parameter holds
 EMA = "ema"  # the key in a parameter's state of its running average
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
 class Extras(NamedTuple):
@@ -24,8 +28,9 @@ class Extras(NamedTuple):
 
     max_norm: float | None = None  # the norm of all gradients together is clipped to this
     error_if_nonfinite: bool = False
-    inverse_scale: float | None = None  # the gradients are multiplied by this first
-    norm: float | None = None  # theirs then, where it is known
+    # The gradients are multiplied by this first, and their norm then, where it is known; tensors if they are on a GPU.
+    inverse_scale: float | Tensor | None = None
+    norm: float | Tensor | None = None
     ema_decay: float | None = None  # how much of the running averages is kept
     masters: bool = False  # 16-bit parameters have master weights
     draws: bool = False  # or are rounded with random bits
@@ -61,8 +66,27 @@ class Options:
             raise ValueError(f"Invalid rounding_seed value: {rounding_seed!r}; it must be an integer in [0, 2**64)")
         if self.any() and _C is None:
             raise RuntimeError(NO_EXTENSION)
+        if "max_grad_norm" in self.given and _is_made_by_zero() and _are_several():
+            raise RuntimeError(
+                "max_grad_norm: ZeroRedundancyOptimizer gives each process a part of the parameters; leave the option "
+                "out and call fastopt.clip_grad_norm_ with the parameters of the model before the step"
+            )
         self.norm: Tensor | None = None  # of the last step, if it was not the plan's
-        self.searched: tuple[float, float] | None = None  # by fastopt.GradScaler: the inverse scale, and the norm
+        # By fastopt.GradScaler: the inverse scale, and the norm.
+        self.searched: tuple[float | Tensor, float | Tensor] | None = None
+
+    def refuse_parts(self, optimizer: Any) -> None:
+        """The plan asks before it clips parameters that it has not seen yet."""
+        if "torch.distributed.fsdp" not in sys.modules or not _are_several():
+            return
+        for g, group in enumerate(optimizer.param_groups):
+            for i, param in enumerate(group["params"]):
+                if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
+                    raise RuntimeError(
+                        f"max_grad_norm: this process may have only a part of parameter {i} of param group {g}, which "
+                        "FullyShardedDataParallel flattened; leave the option out and call the model's clip_grad_norm_ "
+                        "before the step, or shard the model by fully_shard"
+                    )
 
     # The optimizer's attributes of these names, while they are set.
     grad_scale: Tensor | float | None = None
@@ -83,11 +107,14 @@ class Options:
     def of_step(self, optimizer: Any) -> Extras | None:
         """For the step that begins; None if it is the update alone."""
         max_norm, ema_decay = self._value(optimizer, "max_grad_norm"), self._value(optimizer, "ema_decay")
-        inverse_scale = norm = None
+        inverse_scale: float | Tensor | None = None
+        norm: float | Tensor | None = None
         if self.searched is not None:
             inverse_scale, norm = self.searched
         elif self.grad_scale is not None and not optimizer._step_supports_amp_scaling:  # else its own step unscales
             inverse_scale = _inverse(self.grad_scale)
+        if self.error_if_nonfinite and max_norm is not None and norm is None:
+            norm = _finite_norm(optimizer, inverse_scale)
         self.norm = None
         if max_norm is None and ema_decay is None and inverse_scale is None and not self.keeps_more():
             return None
@@ -111,15 +138,49 @@ class Options:
         torch_steps[f"{type(optimizer).__name__}, clipped or unscaled beside the step: {reason}"] += 1
         try:
             for param, grad in zip(params, grads, strict=True):
-                param.grad = grad.clone() if extras.inverse_scale is None else grad * extras.inverse_scale
+                param.grad = grad.clone() if extras.inverse_scale is None else _times(grad, extras.inverse_scale)
             norm = None
             if extras.max_norm is not None:
-                norm = clip_grad_norm_(params, extras.max_norm, error_if_nonfinite=extras.error_if_nonfinite)
-            step(extras._replace(max_norm=None, inverse_scale=None), optimizer)
+                self.refuse_parts(optimizer)
+                norm = _clip(all_params(optimizer), extras.max_norm, extras.error_if_nonfinite)
+            step(extras._replace(max_norm=None, inverse_scale=None, norm=None), optimizer)
             self.norm = norm
         finally:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
+
+
+def _clip(params: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor:
+    """As in the step: also where torch's function refuses, for DTensors beside plain tensors or on several meshes."""
+    meshes = clip_dtensors.meshes_of(params)
+    if not meshes or not all(map(clip_dtensors.is_placed_as_its_grad, params)):
+        norm = clip_grad_norm_(params, max_norm, error_if_nonfinite=error_if_nonfinite)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    local: list[Any] = [getattr(param.grad, "_local_tensor", param.grad) for param in params]
+
+    def norm_of(places: list[int]) -> float | Tensor:
+        return clip_dtensors.local_norm([local[at] for at in places if local[at] is not None], 2.0)
+
+    f64 = any(param.dtype == torch.float64 for param in params)
+    norm = torch.tensor(clip_dtensors.norm_over(meshes, norm_of), dtype=torch.float64 if f64 else torch.float32)
+    if error_if_nonfinite:
+        clip_dtensors.refuse_nonfinite(norm, 2.0)
+    clip_dtensors.scale_([grad for grad in local if grad is not None], coefficient(max_norm, norm))
+    return norm
+
+
+def _are_several() -> bool:
+    """Whether there are other processes."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _is_made_by_zero() -> bool:
+    """Whether an optimizer is being constructed as the one of a process inside torch's ZeroRedundancyOptimizer."""
+    frame = sys._getframe(1) if _ZERO in sys.modules else None
+    while frame is not None and frame.f_globals.get("__name__") != _ZERO:
+        frame = frame.f_back
+    return frame is not None
 
 
 def is_first_average(optimizer: Any) -> bool:
@@ -132,7 +193,7 @@ def weights_of(optimizer: Any, param: Tensor) -> Tensor:
     if param.dtype.itemsize >= 4:
         return param.detach()
     options = optimizer._fastopt_options
-    return master_of(param, optimizer.state[param] if options is not None and options.masters else {})
+    return master_of(param, optimizer.state.get(param, {}) if options is not None and options.masters else {})
 
 
 def average_of(optimizer: Any, param: Tensor) -> Tensor:
@@ -152,9 +213,10 @@ def average(optimizer: Any, params: list[Tensor], ema_decay: float) -> None:
 
 def average_all(optimizer: Any, ema_decay: float, first: bool) -> None:
     """The same after a step of torch's own."""
-    known = [param for param in all_params(optimizer) if optimizer.state.get(param)]
+    state = optimizer.state
+    known = [param for param in all_params(optimizer) if param.grad is not None or EMA in state.get(param, ())]
     for param in known:
-        optimizer.state[param].setdefault(EMA, average_of(optimizer, param))
+        state[param].setdefault(EMA, average_of(optimizer, param))
     if not first:
         average(optimizer, known, ema_decay)
 
@@ -209,9 +271,42 @@ def all_params(optimizer: Any) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def _inverse(scale: Tensor | float) -> float:
-    """The factor with which torch.amp.GradScaler.unscale_ multiplies."""
-    return float(torch.as_tensor(scale).double().reciprocal().float())
+def _inverse(scale: Tensor | float) -> float | Tensor:
+    """The factor with which torch.amp.GradScaler.unscale_ multiplies; on a GPU it stays there."""
+    inverse = torch.as_tensor(scale).detach().double().reciprocal().float()
+    return inverse if isinstance(scale, Tensor) and scale.device.type == _C.gpu_type() else float(inverse)
+
+
+def _times(grad: Tensor, factor: float | Tensor) -> Tensor:
+    if isinstance(factor, Tensor):
+        return (grad * factor.to(grad.device)).to(grad.dtype)  # two tensors without dimensions may have a wider product
+    return grad * factor
+
+
+def _finite_norm(optimizer: Any, inverse_scale: float | Tensor | None) -> Tensor | None:
+    """The norm where all gradients are on GPUs: before anything is written, and so waited for."""
+    params = (param for group in optimizer.param_groups for param in group["params"] if param.grad is not None)
+    if next(params, _ON_CPU).device.type != _C.gpu_type():
+        return None  # at the first, as a rule
+    grads = [param.grad for param in all_params(optimizer) if param.grad is not None]
+    if any(grad.device.type != _C.gpu_type() for grad in grads):
+        return None
+    from . import gpu_passes
+
+    if gpu_passes.is_capturing(grads[0].device):
+        raise RuntimeError(NOT_IN_A_GRAPH)
+    if (found := gpu_passes.search(grads, inverse_scale)) is None:
+        return None
+    if not math.isfinite(found[0].item()):
+        raise RuntimeError(gpu_passes.NOT_FINITE.format(order=2.0))
+    return found[0]
+
+
+_ON_CPU = torch.empty(0)
+NOT_IN_A_GRAPH = (
+    "error_if_nonfinite=True looks at the norm before anything is written, which a captured CUDA graph cannot: make "
+    "the optimizer without it, and look at optimizer.grad_norm after a replay"
+)
 
 
 def _max_grad_norm(value: Any) -> float:

@@ -1,8 +1,9 @@
 """The GPU backend between plan and kernels: uploads what changed of the plan's arrays, and launches.
 
 The plan has checked everything and laid out, for the rows that one launch serves, an image (csrc/step/image.h): the
-arrays that kernels/multi_tensor.py describes. Imported, and Triton with it, when a GPU tensor is stepped for the first
-time.
+arrays that kernels/multi_tensor.py describes. What a step does beside the update is a part of it: the norm of all
+gradients is taken over the same arrays (kernels/passes.py) and, with the coefficient that clips, stays on the device,
+where the update reads it. Nothing waits. Imported, and Triton with it, when a GPU tensor is stepped for the first time.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import struct
 from collections import deque
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .backends import _C
 
 if TYPE_CHECKING:
     from ._C import Launch, Want
+    from .extras import Extras
 
 try:
-    from .kernels import multi_tensor
+    from .kernels import multi_tensor, passes
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
@@ -114,16 +118,45 @@ class Uploads:
         self.uploaded_words += words
 
 
+class Stages(NamedTuple):
+    """What kernels a step wants beside those of the update alone."""
+
+    unscales: bool = False
+    clips: bool = False
+    norm_known: bool = False
+
+    @classmethod
+    def of(cls, extras: Extras | None) -> Stages:
+        if extras is None:
+            return _UPDATE_ALONE
+        clips = extras.max_norm is not None
+        return cls(extras.inverse_scale is not None, clips, clips and extras.norm is not None)
+
+
+_UPDATE_ALONE = Stages()
+
+
+class Launchers(NamedTuple):
+    update: Any
+    norm: Any
+    finish: Any
+
+
 class Bucket(Uploads):
     """The device buffer and the compiled kernels of rows that one launch serves."""
 
-    def __init__(self, algorithm: str, device: torch.device, used: int, param: int, state: int, capturable: bool):
+    def __init__(
+        self, algorithm: str, device: torch.device, used: int, param: int, state: int, capturable: bool, averages: bool
+    ):
         super().__init__(device)
-        index = device.index or 0
-        self.launcher = multi_tensor.update_launcher(algorithm, used, DTYPES[param], DTYPES[state], index)
-        self.preparer = multi_tensor.prepare_launcher(algorithm, DTYPES[param], index) if capturable else None
-        self.columns = multi_tensor.table_columns(algorithm)
-        words = multi_tensor.scalars_words(algorithm, DTYPES[param])
+        self.algorithm, self.used, self.dtype, self.state_dtype = algorithm, used, DTYPES[param], DTYPES[state]
+        self.averages = averages
+        self.launchers: dict[Stages, Launchers] = {}
+        self.preparer: Any = None
+        if capturable:
+            self.preparer = multi_tensor.prepare_launcher(algorithm, self.dtype, device.index or 0)
+        self.columns = multi_tensor.table_columns(algorithm, averages)
+        words = multi_tensor.scalars_words(algorithm, self.dtype)
         self.no_words, self._row_of_scalars = (0,) * words, ctypes.c_int64 * words
         self.one_row = False
         self._buffers: list[torch.Tensor] = []
@@ -132,6 +165,24 @@ class Bucket(Uploads):
         self._work_numels: list[int] = []  # which it follows from
         self._for_graph: Staging | None = None  # made ahead: older torch cannot make page-locked memory in a capture
         self._captured: dict[tuple[int, bytes], Staging] = {}  # what graphs upload
+
+    def compile(self, stages: Stages) -> None:
+        index = self.device.index or 0
+        unscales, clips, norm_known = stages
+        kind = self.algorithm, self.used, self.dtype, self.state_dtype
+        update = multi_tensor.update_launcher(*kind, index, unscales + clips, self.averages)
+        norm = finish = None
+        if clips:
+            kind_of_norm = passes.GIVEN if norm_known else passes.SQUARES
+            finish = passes.finish_launcher(kind_of_norm.value, self.norm_dtype, index)
+        if clips and not norm_known:
+            table = self.algorithm, self.averages
+            norm = passes.step_norm_launcher(passes.SQUARES.value, self.dtype, index, *table, int(unscales))
+        self.launchers[stages] = Launchers(update, norm, finish)
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        return multi_tensor.compute_dtype(self.dtype)  # type: ignore[no-any-return]
 
     def grow(self, words: int) -> None:
         # Replays fill their buffer at times that the plan doesn't know; so steps outside graphs have another.
@@ -195,6 +246,21 @@ class Bucket(Uploads):
         return work.data_ptr()
 
 
+class Sent(NamedTuple):
+    """A launch whose arrays are on the device: their addresses there."""
+
+    bucket: Bucket
+    launchers: Launchers
+    programs: int
+    prepared: int
+    stream: int
+    work: int
+    table: int
+    scalars: int
+    words: tuple[int, ...]
+    hypers: int
+
+
 class Gpu:
     """What an optimizer keeps for its GPU parameters."""
 
@@ -202,6 +268,11 @@ class Gpu:
         self.algorithm = algorithm
         self.buckets: dict[int, Bucket] = {}
         self.launches = 0
+        # By device and stream: the coefficient that clips, a flag of what is not finite, the partial norms of a step;
+        # and a number by which gradients are multiplied.
+        self.numbers: dict[tuple[torch.device, int], Tensor] = {}
+        self._factors: dict[tuple[torch.device, int], tuple[float, Tensor]] = {}
+        self._in_use: dict[torch.device, list[Tensor]] = {}
         self._in_graph = False  # whether the last step was captured
         self._on_cuda = _C.gpu_type() == "cuda"
 
@@ -225,17 +296,30 @@ class Gpu:
                 bucket.use(capturing)
             self._use_buffers(optimizer, self.buckets)
 
-    def prepare(self, optimizer: Any, wants: tuple[Want, ...]) -> None:
-        """Compiles kernels and makes buffers, before anything is written."""
+    def make_ready(self, extras: Extras | None) -> None:
+        """Compiles what a step with these extras launches, before anything is written."""
+        stages = Stages.of(extras)
+        for bucket in self.buckets.values():
+            if stages not in bucket.launchers:
+                self._refuse_capture()
+                with _current(bucket.device):
+                    self._compile(bucket, stages)
+
+    def _refuse_capture(self) -> None:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(NOT_WARM)
+
+    def prepare(self, optimizer: Any, wants: tuple[Want, ...], extras: Extras | None = None) -> None:
+        """Compiles kernels and makes buffers, before anything is written."""
+        self._refuse_capture()
         for want in wants:
             device = torch.device(_C.gpu_type(), want.device)
             with _current(device):
                 bucket = self.buckets.get(want.image)
                 if bucket is None:
-                    kernel = want.used, want.param, want.state, want.capturable
+                    kernel = want.used, want.param, want.state, want.capturable, want.averages
                     bucket = self._bucket(device, *kernel)
+                    self._compile(bucket, Stages.of(extras))
                     bucket.grow(want.words)
                     self.buckets[want.image] = bucket
                 if bucket.buffer.numel() < want.words:
@@ -243,8 +327,17 @@ class Gpu:
             self._use_buffers(optimizer, [want.image])
 
     def _bucket(self, device: torch.device, *kind: Any) -> Bucket:
-        try:
+        with self._compiling(device):
             return Bucket(self.algorithm, device, *kind)
+
+    def _compile(self, bucket: Bucket, stages: Stages) -> None:
+        with self._compiling(bucket.device):
+            bucket.compile(stages)
+
+    @contextlib.contextmanager
+    def _compiling(self, device: torch.device) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             raise RuntimeError(NO_KERNEL.format(algorithm=self.algorithm, device=device, error=why)) from error
@@ -255,11 +348,16 @@ class Gpu:
             buffer = self.buckets[number].buffer
             _C.set_buffer(optimizer, number, buffer.numel(), buffer.data_ptr())
 
-    def run(self, optimizer: Any, launches: tuple[Launch, ...]) -> None:
-        done = 0
+    def run(self, optimizer: Any, launches: tuple[Launch, ...], extras: Extras | None = None) -> Tensor | None:
+        """Uploads and launches a step. Returns the norm of all gradients, if it clips: a tensor of its own."""
+        done, norm = 0, None
+        stages, beside = Stages.of(extras), dict[torch.device, tuple[int, ...]]()
         try:
-            for launch in launches:
-                self._run(launch)
+            sent = [self._upload(launch, stages) for launch in launches]
+            if extras is not None:
+                beside, norm = self._beside(sent, extras)
+            for one in sent:
+                self._launch(one, beside.get(one.bucket.device, ()))
                 done += 1
         except BaseException as error:  # what the plan takes for counted and uploaded may not be
             for launch in launches[done:]:
@@ -270,8 +368,9 @@ class Gpu:
                 where = dict(algorithm=self.algorithm, device=device, number=done + 1, count=count)
                 error.args = (NO_LAUNCH.format(error=error, **where),)
             raise
+        return norm
 
-    def _run(self, launch: Launch) -> None:
+    def _upload(self, launch: Launch, stages: Stages) -> Sent:
         image, programs, table_at, scalars_at, changed_from, changed_to, address, prepared, hypers_at = launch
         bucket = self.buckets[image]
         with _current(bucket.device):
@@ -289,11 +388,116 @@ class Gpu:
                     bucket.upload(address, changed_from, stop)
                     if bucket.preparer is not None and changed_from < table_at:
                         bucket.make_ready_for_graph(address, table_at, hypers_at, stop)
-            if bucket.preparer is not None:
-                bucket.preparer.launch(prepared, stream, base + 8 * hypers_at, scalars)
+        arrays = stream, work, base + 8 * table_at, scalars, words, base + 8 * hypers_at
+        return Sent(bucket, bucket.launchers[stages], programs, prepared, *arrays)
+
+    def _launch(self, sent: Sent, beside: tuple[int, ...]) -> None:
+        bucket, launchers, programs, prepared, stream, work, table, scalars, words, hypers = sent
+        with _current(bucket.device):
+            if prepared:
+                bucket.preparer.launch(prepared, stream, hypers, scalars)
             if programs:
-                bucket.launcher.launch(programs, stream, work, base + 8 * table_at, scalars, words)
+                launchers.update.launch(programs, stream, work, table, scalars, words + beside)
         self.launches += 1
+
+    # ---- beside the update
+
+    def _beside(self, sent: list[Sent], extras: Extras) -> tuple[dict[torch.device, tuple[int, ...]], Tensor | None]:
+        """For each device the words of a launch that tell what to do beside the update; and the norm."""
+        streams = {one.bucket.device: one.stream for one in sent}
+        factors: dict[torch.device, list[Tensor]] = {device: [] for device in streams}
+        if extras.inverse_scale is not None:
+            for device, stream in streams.items():
+                factors[device].append(self._factor(device, stream, extras.inverse_scale))
+        norm = None
+        if extras.max_norm is not None:
+            first, numbers, programs = self._partial_norms(sent, streams, factors, extras.norm is None)
+            launcher, dtype = max(((one.launchers.finish, one.bucket.norm_dtype) for one in sent), key=_itemsize)
+            with _current(first):
+                if extras.norm is None:
+                    norm = torch.empty((), dtype=dtype, device=first)
+                else:
+                    norm = number_on(first, extras.norm).to(dtype)
+                arrays = numbers.data_ptr() + 16, programs, _bits(extras.max_norm), norm.data_ptr(), numbers.data_ptr()
+                launcher.launch(1, streams[first], *arrays)
+            for device in streams:
+                factors[device].append(numbers if device == first else numbers[:1].to(device))
+        self._in_use = factors  # until their launches are queued
+        weight = () if extras.ema_decay is None else (_bits(1 - extras.ema_decay),)
+        return {device: (*map(address_of, factors[device]), *weight) for device in streams}, norm
+
+    def _factor(self, device: torch.device, stream: int, value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor) or self._in_graph:  # a graph keeps its own
+            return number_on(device, value)
+        known = self._factors.get((device, stream))
+        if known is None or known[0] != value:
+            known = self._factors[device, stream] = value, number_on(device, value)
+        return known[1]
+
+    def _partial_norms(
+        self,
+        sent: list[Sent],
+        streams: dict[torch.device, int],
+        factors: dict[torch.device, list[Tensor]],
+        wanted: bool,
+    ) -> tuple[torch.device, Tensor, int]:
+        """Launches those of each device. Returns the first device, its numbers with those of all, and how many."""
+        counts = dict.fromkeys(streams, 0)
+        for one in sent:
+            counts[one.bucket.device] += one.programs
+        numbers = {device: self._numbers(device, streams[device], 2 + count) for device, count in counts.items()}
+        first = sent[0].bucket.device
+        if not wanted:
+            return first, numbers[first], 0
+        addresses = {device: made.data_ptr() + 16 for device, made in numbers.items()}
+        for one in sent:
+            device = one.bucket.device
+            if one.programs:
+                factor = address_of(factors[device][0]) if factors[device] else 0
+                with _current(device):
+                    one.launchers.norm.launch(one.programs, one.stream, one.work, one.table, addresses[device], factor)
+            addresses[device] += 8 * one.programs
+        joined = joined_on_first([numbers[device][: 2 + count] for device, count in counts.items()], numbers[first])
+        return first, joined, sum(counts.values())
+
+    def _numbers(self, device: torch.device, stream: int, count: int) -> Tensor:
+        found = None if self._in_graph else self.numbers.get((device, stream))
+        if found is None or found.numel() < count:
+            with _current(device), torch.inference_mode(False):
+                found = torch.empty(1 << (count - 1).bit_length(), dtype=torch.float64, device=device)
+            if not self._in_graph:  # whose memory is the graph's
+                self.numbers[device, stream] = found
+        return found
+
+
+def number_on(device: torch.device, value: float | Tensor) -> Tensor:
+    """A number that kernels read on this device, in float32 or float64; nothing is waited for."""
+    with _current(device):
+        if not isinstance(value, Tensor):
+            return torch.full((), value, dtype=torch.float64, device=device)
+        return value.detach().to(device, torch.promote_types(value.dtype, torch.float32), non_blocking=True)
+
+
+def address_of(number: Tensor) -> int:
+    """As kernels/multi_tensor.py wants that of a number."""
+    return number.data_ptr() + (number.dtype == torch.float32)
+
+
+def joined_on_first(numbers: list[Tensor], if_alone: Tensor) -> Tensor:
+    """The numbers of several devices, each with two others before them, behind those of the first."""
+    if len(numbers) == 1:
+        return if_alone
+    first, *others = numbers
+    return torch.cat([first, *(other[2:].to(first.device) for other in others)])
+
+
+def _itemsize(launcher_and_dtype: tuple[Any, torch.dtype]) -> int:
+    return launcher_and_dtype[1].itemsize
+
+
+def _bits(number: float) -> int:
+    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return bits
 
 
 _no_switch = contextlib.nullcontext()

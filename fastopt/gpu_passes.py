@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends import _C
-from .gpu import DTYPES, NO_KERNEL, Uploads, _current, current_stream
+from .gpu import DTYPES, NO_KERNEL, Uploads, _current, address_of, current_stream, joined_on_first, number_on
 from .kernels import passes
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Buffer(Uploads):
         self.version = 0  # of the image that it holds
         with torch.inference_mode(False):  # it will be used outside too
             self.buffer = torch.empty(words, dtype=torch.int64, device=device)
-            self.numbers = torch.empty(1 + programs, dtype=torch.float64, device=device)  # coefficient, each chunk's
+            self.numbers = torch.empty(2 + programs, dtype=torch.float64, device=device)  # as Gpu's
 
 
 class _Buffers(threading.local):
@@ -51,16 +51,17 @@ class Launches:
         self.todo, self.device, self.index = todo, device, todo.device
         buffer = self._uploaded()
         self.stream = current_stream(device)
+        self.numbers = buffer.numbers
         self.work = buffer.buffer.data_ptr()
         self.table = self.work + 8 * todo.table_at
         self.coefficient = buffer.numbers.data_ptr()
-        self.partials = self.coefficient + 8
+        self.partials = self.coefficient + 16
 
     def _uploaded(self) -> Buffer:
         todo = self.todo
         start, stop = todo.changed_from, todo.changed_to
         buffer = _buffers.of.get(todo.image)
-        if buffer is None or buffer.buffer.numel() < todo.words or buffer.numbers.numel() <= todo.programs:
+        if buffer is None or buffer.buffer.numel() < todo.words or buffer.numbers.numel() < 2 + todo.programs:
             buffer = _buffers.of[todo.image] = Buffer(self.device, _rounded(todo.words), _rounded(todo.programs))
         if buffer.version != todo.version - 1:  # new, or a version was never uploaded
             start, stop = 0, todo.words
@@ -72,16 +73,28 @@ class Launches:
 
     def norm(self) -> Tensor:
         """Launches the norm, with the coefficient that clips to the number of the pass."""
-        todo = self.todo
-        f64 = any(DTYPES[part.dtype] == torch.float64 for part in todo.parts)
-        norm = torch.empty((), dtype=torch.float64 if f64 else torch.float32, device=self.device)
-        for launcher, (_, first, programs) in self._launchers(passes.norm_launcher, todo.norm):
-            launcher.launch(programs, self.stream, self.work + 8 * first, self.table, self.partials + 8 * first)
-        self.finish(todo.norm, norm)
+        norm = torch.empty((), dtype=self.norm_dtype, device=self.device)
+        self.partial_norms()
+        self.finish(self.todo.norm, norm)
         return norm
 
-    def finish(self, kind: int, norm: Tensor) -> None:
-        arrays = self.partials, self.todo.programs, self.todo.number, norm.data_ptr(), self.coefficient
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        f64 = any(DTYPES[part.dtype] == torch.float64 for part in self.todo.parts)
+        return torch.float64 if f64 else torch.float32
+
+    def partial_norms(self, factor: Tensor | None = None) -> None:
+        """Of each chunk, after the product with a factor."""
+        address = 0 if factor is None else address_of(factor)
+        for launcher, (_, first, programs) in self._launchers(passes.norm_launcher, self.todo.norm, int(address != 0)):
+            arrays = self.work + 8 * first, self.table, self.partials + 8 * first
+            launcher.launch(programs, self.stream, *arrays, address)
+
+    def finish(self, kind: int, norm: Tensor, numbers: Tensor | None = None, programs: int | None = None) -> None:
+        """Of this device's partial norms, or of those of several."""
+        address = self.coefficient if numbers is None else numbers.data_ptr()
+        count = self.todo.programs if programs is None else programs
+        arrays = address + 16, count, self.todo.number, norm.data_ptr(), address
         self._launcher(passes.finish_launcher, kind, norm.dtype).launch(1, self.stream, *arrays)
 
     def write(self, name: str, number: int) -> None:
@@ -89,14 +102,14 @@ class Launches:
         for launcher, (_, first, programs) in self._launchers(passes.pass_launcher, name):
             launcher.launch(programs, self.stream, self.work + 8 * first, self.table, number)
 
-    def _launchers(self, make: Callable[..., Any], kind: int | str) -> list[tuple[Any, GpuPart]]:
+    def _launchers(self, make: Callable[..., Any], kind: int | str, *options: int) -> list[tuple[Any, GpuPart]]:
         """All of them before one is used: what cannot be compiled changes nothing."""
         parts = self.todo.parts
-        return [(self._launcher(make, kind, DTYPES[part.dtype]), part) for part in parts if part.programs]
+        return [(self._launcher(make, kind, DTYPES[part.dtype], *options), part) for part in parts if part.programs]
 
-    def _launcher(self, make: Callable[..., Any], kind: int | str, dtype: torch.dtype) -> Any:
+    def _launcher(self, make: Callable[..., Any], kind: int | str, dtype: torch.dtype, *options: int) -> Any:
         try:
-            return make(kind, dtype, self.index)
+            return make(kind, dtype, self.index, *options)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             what = f"{make.__name__.removesuffix('_launcher')} {kind}"
@@ -113,7 +126,7 @@ def run(
     device = torch.device(_C.gpu_type(), todo.device)
     done: Done = _C.DONE
     with _current(device):
-        if _is_cuda(device) and torch.cuda.is_current_stream_capturing():
+        if is_capturing(device):
             captured: LeftToTorch = _C.LeftToTorch(("a CUDA graph is being captured",))
             return captured
         launches = Launches(todo, device)
@@ -130,10 +143,53 @@ def run(
     return done
 
 
+def search(grads: list[Tensor], inverse_scale: float | Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    """The norm of gradients on GPUs, as if each were multiplied by a number first, and whether it is finite.
+
+    One read of the gradients, and nothing is waited for.
+
+    Args:
+        grads: at least one tensor.
+        inverse_scale: the number, or a tensor without dimensions on a GPU that has it. Default None: 1.
+
+    Returns:
+        Two tensors without dimensions on the first gradient's device: the norm, float32 or with a float64 gradient
+        float64; and found_inf, float32, 1 if some gradient is NaN or infinite then, else 0. None for gradients that are
+        not for this library, or while a CUDA graph is captured.
+    """
+    devices = list(dict.fromkeys(grad.device for grad in grads))
+    todo = []
+    for device in devices:
+        with _current(device):
+            if is_capturing(device):
+                return None
+            answer = _C.total_norm([grad for grad in grads if grad.device == device], 2.0, False)
+        if type(answer) is not _C.GpuPass:
+            return None
+        todo.append(answer)
+    parts = []
+    for answer, device in zip(todo, devices, strict=True):
+        with _current(device):
+            launches = Launches(answer, device)
+            launches.partial_norms(None if inverse_scale is None else number_on(device, inverse_scale))
+            parts.append(launches)
+    first = parts[0]
+    numbers = joined_on_first([part.numbers[: 2 + part.todo.programs] for part in parts], first.numbers)
+    dtype = max((part.norm_dtype for part in parts), key=lambda dtype: dtype.itemsize)
+    with _current(first.device):
+        norm = torch.empty((), dtype=dtype, device=first.device)
+        first.finish(todo[0].norm, norm, numbers, sum(part.todo.programs for part in parts))
+        return norm, numbers[1].float()
+
+
 NOT_FINITE = (
     "The total norm of order {order} for gradients from `parameters` is non-finite, so it cannot be clipped. To "
     "disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
 )
+
+
+def is_capturing(device: torch.device) -> bool:
+    return _is_cuda(device) and torch.cuda.is_current_stream_capturing()
 
 
 def _rounded(number: int) -> int:

@@ -71,15 +71,35 @@ class GradScaler(torch.amp.GradScaler):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         """What torch's `step` and `unscale_` call."""
-        if self._fastopt_optimizer is optimizer and inv_scale.device.type == "cpu":
-            scale = inv_scale.item()
-            answer = _C.search(all_params(optimizer), scale)
-            if type(answer) is tuple:
-                norm, infinite = answer
-                cast(Any, optimizer)._fastopt_options.searched = scale, norm
-                return {found_inf.device: found_inf.fill_(infinite)}
-            count_left_to_torch("GradScaler", answer)
+        if self._fastopt_optimizer is optimizer:
+            options = cast(Any, optimizer)._fastopt_options
+            if inv_scale.device.type == _C.gpu_type():
+                if (grads := _gpu_grads(optimizer)) and (found := _search_on_gpu(grads, inv_scale)):
+                    norm, found_inf = found
+                    options.searched = inv_scale, norm
+                    return {found_inf.device: found_inf}
+            elif inv_scale.device.type == "cpu":
+                scale = inv_scale.item()
+                answer = _C.search(all_params(optimizer), scale)
+                if type(answer) is tuple:
+                    norm, infinite = answer
+                    options.searched = scale, norm
+                    return {found_inf.device: found_inf.fill_(infinite)}
+                count_left_to_torch("GradScaler", answer)
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+
+
+def _gpu_grads(optimizer: Optimizer) -> list[Tensor]:
+    """All gradients, if they are on GPUs and of dtypes that a scaler unscales; else none."""
+    grads = [param.grad for param in all_params(optimizer) if param.grad is not None]
+    ours = all(grad.device.type == _C.gpu_type() and grad.dtype != torch.float16 for grad in grads)
+    return grads if ours else []
+
+
+def _search_on_gpu(grads: list[Tensor], inverse_scale: Tensor) -> tuple[Tensor, Tensor] | None:
+    from .gpu_passes import search  # and Triton with it
+
+    return search(grads, inverse_scale)
 
 
 def _unscales(optimizer: Optimizer) -> bool:

@@ -23,6 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
+from . import clip_dtensors
 from .backends import _C, torch_steps
 from .extras import (
     EMA,
@@ -321,6 +322,8 @@ def _step(self: Any, closure: Closure | None) -> Any:
 
 
 def _step_with(extras: Extras | None, self: Any) -> None:
+    if self._fastopt_options is not None and self._fastopt_gpu is not None:
+        self._fastopt_gpu.make_ready(extras)
     if answer := _C.step(self, None, extras):
         _follow(self, answer, extras)
     if extras is not None and extras.ema_decay is not None and (others := _C.without_gradient(self)):
@@ -333,9 +336,16 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
     first = False  # whether running averages begin
     fresh: list[Tensor | None] = []  # those of them whose slots were made, and a None; until the plan writes
     try:
-        while isinstance(answer, (_C.Missing, _C.Wants)):
+        while isinstance(answer, (_C.Missing, _C.Wants, _C.Shards)):
             if isinstance(answer, _C.Wants):
-                _prepare_gpu(self, answer.wants)
+                _prepare_gpu(self, answer.wants, extras)
+            elif isinstance(answer, _C.Shards):
+                assert extras is not None
+                if (meshes := clip_dtensors.meshes_of(answer.params)) is None:
+                    answer = _C.LeftToTorch(("a norm of DTensors on a GPU, or neither sharded nor replicated",))
+                    break
+                norm = clip_dtensors.norm_over(meshes, functools.partial(_C.norm_of, self))
+                extras = extras._replace(norm=norm)
             elif made:
                 raise RuntimeError("state could not be made for a parameter: its step count must be a number")
             else:
@@ -344,7 +354,7 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
                 made = [(param, dict(self.state[param]) if param in self.state else None) for param in params]
                 fresh = [None]
                 fresh += _make_state(self, answer.params, extras)
-            answer = _C.step(self, fresh, extras)
+            answer = _C.step(self, fresh or None, extras)
     except BaseException:
         if fresh:
             _unmake_state(self, made)
@@ -363,19 +373,27 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
             self._fastopt_options.aside(self, answer.reason, extras, _step_with)
         return
     if isinstance(answer, _C.Launches):
-        self._fastopt_gpu.run(self, answer.launches)
+        try:
+            norm = self._fastopt_gpu.run(self, answer.launches, extras)
+        except BaseException:
+            if first:  # the averages begin with another step
+                for param, _ in made:
+                    self.state[param].pop(EMA, None)
+            raise
+        if norm is not None:
+            self._fastopt_options.norm = norm
     if first:
         copy_averages(self, [param for param, _ in made])
 
 
-def _prepare_gpu(self: Any, wants: tuple[Want, ...]) -> None:
+def _prepare_gpu(self: Any, wants: tuple[Want, ...], extras: Extras | None) -> None:
     from .gpu import Gpu
 
     if self._fastopt_gpu is None:
         gpu = Gpu(self._fastopt.update)
         gpu.begin(self)
         self._fastopt_gpu = gpu
-    self._fastopt_gpu.prepare(self, wants)
+    self._fastopt_gpu.prepare(self, wants, extras)
 
 
 def _torchs_step(self: Any, reason: str) -> None:

@@ -85,6 +85,12 @@ def lerp_from_end(w):
 
 
 @triton.jit
+def lerp(a, b, weight):
+    """torch.lerp(a, b, weight)."""
+    return tl.fma(lerp_weight(weight), b - a, tl.where(lerp_from_end(weight) != 0, b, a))
+
+
+@triton.jit
 def power(base, exponent):
     """base ** exponent of fp64 numbers, the exponent whole and not negative, by repeated squaring.
 

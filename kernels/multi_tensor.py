@@ -19,11 +19,20 @@ addresses, scalars with every step.
     table    int64[rows, 4 + len(SLOTS)]  a row per tensor: numel; its row of scalars; the addresses of param and grad;
                                           the address of each state slot in the order of SLOTS, 0 if it is not in use.
                                           All of them dense, in the same element order, aligned to their dtype.
+                                          With AVERAGE one column more: the address of the param's running average.
     scalars  T[rows, len(SCALARS)]        in the order of SCALARS; tensors may share a row. T is fp64 for fp64
                                           parameters, else fp32.
 
 Where all tensors share one row of scalars, it comes with the launch, so that nothing needs an upload: the address of
 scalars is 0 then, and `words` are the row's, int64 each, `scalars_words` of them. Else they are zeros.
+
+What a step does beside the update, as csrc/step/rows.h has it in Stages, is for kernels of their own, whose launch
+brings more words behind those:
+
+    FACTORS  0, 1 or 2   so many addresses, as in `hypers` below: numbers by which each gradient is multiplied where it
+                         is loaded, one after the other, each time rounded to its dtype. In memory it stays as it is.
+    AVERAGE  bool        the bits of an fp64 number: the weight of the param, as it is stored, in its running average,
+                         of dtype T, which becomes torch.lerp of both.
 
 The host cannot change what a captured graph reads from it, so `prepare` counts the steps and computes the scalars on
 the device, from an array of addresses; the update follows on the same stream and reads row i of scalars for row i.
@@ -41,6 +50,8 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime import driver
+
+from .arithmetic import lerp
 
 CHUNK = 4096  # elements per program: what it does once is then a tenth of Adam's instructions; to be tuned on hardware
 THREADS = 128  # per program
@@ -77,22 +88,36 @@ def _scalar(words, i: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _step(param_ptr, grad_ptr, state_ptrs, offsets, mask, h,
-          update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, T: tl.constexpr, EVICTION: tl.constexpr):
+def scaled(grad, factor, dtype: tl.constexpr):
+    """A gradient of T times a number, as if it were stored."""
+    return (grad * factor).to(dtype).to(grad.dtype)
+
+
+@triton.jit
+def _step(param_ptr, grad_ptr, state_ptrs, average_ptr, offsets, mask, h, factors, weight,
+          update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, FACTORS: tl.constexpr, AVERAGE: tl.constexpr,
+          T: tl.constexpr, EVICTION: tl.constexpr):
     param = tl.load(param_ptr + offsets, mask, eviction_policy=EVICTION).to(T)
     grad = tl.load(grad_ptr + offsets, mask, eviction_policy=EVICTION).to(T)
+    for i in tl.static_range(FACTORS):
+        grad = scaled(grad, factors[i], grad_ptr.dtype.element_ty)
     state = ()
     for slot in tl.static_range(SLOTS):
         if (USED >> slot) & 1:
             state = state + (tl.load(state_ptrs[slot] + offsets, mask, eviction_policy=EVICTION).to(T),)
         else:
             state = state + (0,)
+    if AVERAGE:
+        average = tl.load(average_ptr + offsets, mask, eviction_policy=EVICTION)
     param, state = update(param, grad, state, h, USED)
-    tl.store(param_ptr + offsets, param.to(param_ptr.dtype.element_ty), mask, eviction_policy=EVICTION)
+    param = param.to(param_ptr.dtype.element_ty)
+    tl.store(param_ptr + offsets, param, mask, eviction_policy=EVICTION)
     for slot in tl.static_range(SLOTS):
         if (USED >> slot) & 1:
             value = state[slot].to(state_ptrs[slot].dtype.element_ty)
             tl.store(state_ptrs[slot] + offsets, value, mask, eviction_policy=EVICTION)
+    if AVERAGE:
+        tl.store(average_ptr + offsets, lerp(average, param.to(T), weight), mask, eviction_policy=EVICTION)
 
 
 @triton.jit(do_not_specialize=["work", "table", "scalars", "words"])
@@ -100,11 +125,11 @@ def multi_tensor_update(work, table, scalars, words,
                         update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, SCALARS: tl.constexpr,
                         PARAM: tl.constexpr, STATE: tl.constexpr,
                         CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr,
-                        EVICTION: tl.constexpr):
+                        EVICTION: tl.constexpr, FACTORS: tl.constexpr, AVERAGE: tl.constexpr):
     """One program: one chunk of one tensor, BLOCK elements at a time in vectors of VEC, the rest TAIL at a time."""
     T: tl.constexpr = scalars.dtype.element_ty
     entry = tl.load(work + tl.program_id(0))
-    row = table + (entry >> 32) * (4 + SLOTS)
+    row = table + (entry >> 32) * (4 + SLOTS + AVERAGE)
     base = (entry & 0xffffffff) * CHUNK
     numel = tl.load(row) - base
     in_memory = scalars.to(tl.int64) != 0
@@ -122,6 +147,14 @@ def multi_tensor_update(work, table, scalars, words,
         if (USED >> slot) & 1:
             unlike |= off ^ _off(address, STATE, VEC)
         state = state + (address,)
+    average = tl.load(row + 4 + SLOTS) if AVERAGE else param
+    if AVERAGE:
+        unlike |= off ^ _off(average, T, VEC)
+    options: tl.constexpr = (SCALARS * T.primitive_bitwidth + 63) // 64  # the words behind the scalars'
+    factors = ()
+    for i in tl.static_range(FACTORS):
+        factors = factors + (number_at(words[options + i]).to(T),)
+    weight = words[options + FACTORS].to(tl.float64, bitcast=True).to(T) if AVERAGE else 0
 
     # Operands that are off by as many elements have their vectors at the same places: from `off` elements before the
     # tensor on. There its chunks begin, and the last one, which would lose as many at its end, keeps them. The vector
@@ -135,25 +168,29 @@ def multi_tensor_update(work, table, scalars, words,
     param_ptr = _aligned_pointer(param, base, PARAM, VEC)
     grad_ptr = _aligned_pointer(grad, base, PARAM, VEC)
     state_ptrs = [_aligned_pointer(address, base, STATE, VEC) for address in state]
+    average_ptr = _aligned_pointer(average, base, T, VEC)
     # The mask must be constant along a vector, and be seen to be: a mask on the rows of a two-dimensional block is.
     vector = tl.arange(0, BLOCK // VEC)[:, None]
     column = tl.arange(0, VEC)[None, :]
     for start in range(0, vectors, BLOCK // VEC):
         mask = (start + vector >= first) & (start + vector < vectors) & (column >= 0)
-        _step(param_ptr, grad_ptr, state_ptrs, vector * VEC + column, mask, h, update, USED, SLOTS, T, EVICTION)
+        _step(param_ptr, grad_ptr, state_ptrs, average_ptr, vector * VEC + column, mask, h, factors, weight,
+              update, USED, SLOTS, FACTORS, AVERAGE, T, EVICTION)
         param_ptr += BLOCK
         grad_ptr += BLOCK
         state_ptrs = [pointer + BLOCK for pointer in state_ptrs]
+        average_ptr += BLOCK
 
     param_ptr = _pointer(param, base, PARAM)
     grad_ptr = _pointer(grad, base, PARAM)
     state_ptrs = [_pointer(address, base, STATE) for address in state]
+    average_ptr = _pointer(average, base, T)
     covered = tl.maximum(vectors - first, 0) * VEC  # by vectors
     for start in range(0, numel - covered, TAIL):
         offsets = start + tl.arange(0, TAIL)
         offsets += tl.where(offsets < first * VEC, 0, covered)
-        _step(param_ptr, grad_ptr, state_ptrs, offsets, (offsets < numel) & (offsets >= before),
-              h, update, USED, SLOTS, T, EVICTION)
+        _step(param_ptr, grad_ptr, state_ptrs, average_ptr, offsets, (offsets < numel) & (offsets >= before),
+              h, factors, weight, update, USED, SLOTS, FACTORS, AVERAGE, T, EVICTION)
 
 
 @triton.jit
@@ -164,7 +201,7 @@ def _pointers(address):
 
 
 @triton.jit
-def _number(address):
+def number_at(address):
     single_ptr, double_ptr, single = _pointers(address)
     return tl.where(single, tl.load(single_ptr, single, 0.0).to(tl.float64), tl.load(double_ptr, single == 0, 0.0))
 
@@ -191,7 +228,7 @@ def multi_tensor_prepare(hypers, scalars, compute: tl.constexpr, HYPERS: tl.cons
     for i in tl.static_range(HYPERS):
         addresses = addresses + (tl.load(hypers + 1 + i),)
     step = _count(tl.load(hypers))
-    h = compute([_number(address) for address in addresses], step, T)
+    h = compute([number_at(address) for address in addresses], step, T)
     for i in tl.static_range(SCALARS):
         tl.store(scalars + i, h[i].to(T))
 
@@ -212,12 +249,13 @@ class Launcher:
 
 
 @functools.cache
-def update_launcher(algorithm, used, dtype, state_dtype, device):
+def update_launcher(algorithm, used, dtype, state_dtype, device, factors=0, average=False):
     """The Launcher of (work, table, scalars, words) for a module of this package, a mask of its SLOTS and two dtypes.
 
-    The dtypes are torch's; device is the index of the device, which must be the current one.
+    The dtypes are torch's; device is the index of the device, which must be the current one; FACTORS and AVERAGE.
     """
-    return Launcher(*update_kernel(algorithm, used, dtype, state_dtype, driver.active.get_current_target().warp_size))
+    warp_size = driver.active.get_current_target().warp_size
+    return Launcher(*update_kernel(algorithm, used, dtype, state_dtype, warp_size, factors, average))
 
 
 @functools.cache
@@ -226,7 +264,7 @@ def prepare_launcher(algorithm, dtype, device):
     return Launcher(*prepare_kernel(algorithm, dtype))
 
 
-def update_kernel(algorithm, used, dtype, state_dtype, warp_size):
+def update_kernel(algorithm, used, dtype, state_dtype, warp_size, factors=0, average=False):
     """What there is to compile: the kernel, arguments like those of a launch, its constants, and warps per program.
 
     A pointer is given by the dtype behind it.
@@ -234,11 +272,11 @@ def update_kernel(algorithm, used, dtype, state_dtype, warp_size):
     module = importlib.import_module(f".{algorithm}", __package__)
     compute = compute_dtype(dtype)
     block = THREADS * THREAD_BYTES // compute.itemsize
-    vector = VECTOR_BYTES // max(dtype.itemsize, state_dtype.itemsize)
+    vector = VECTOR_BYTES // max(dtype.itemsize, state_dtype.itemsize, compute.itemsize if average else 0)
     tail = THREADS  # no fewer, or several threads would do the same element
     constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
-                 CHUNK, block, vector, tail, EVICTION)
-    words = scalars_words(algorithm, dtype) * (AN_INT64,)
+                 CHUNK, block, vector, tail, EVICTION, factors, average)
+    words = (scalars_words(algorithm, dtype) + factors + average) * (AN_INT64,)
     return multi_tensor_update, (torch.int64, torch.int64, compute, words), constants, THREADS // warp_size
 
 
@@ -249,9 +287,9 @@ def prepare_kernel(algorithm, dtype):
     return multi_tensor_prepare, (torch.int64, compute_dtype(dtype)), constants, 1
 
 
-def table_columns(algorithm):
+def table_columns(algorithm, average=False):
     """How many words a row of the table has."""
-    return 4 + len(importlib.import_module(f".{algorithm}", __package__).SLOTS)
+    return 4 + len(importlib.import_module(f".{algorithm}", __package__).SLOTS) + average
 
 
 def scalars_words(algorithm, dtype):

@@ -12,6 +12,8 @@ import itertools
 import numpy as np
 import torch
 
+import fastopt
+
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -19,7 +21,7 @@ if torch.__version__ < "2.13":  # Adagrad may make state in its constructor only
     _init_group = torch.optim.Adagrad._init_group
 
     def _init_group_with_state(self, group, *lists):
-        if type(self) is torch.optim.Adagrad:  # not fastopt's, which has to do without
+        if not isinstance(self, fastopt.Adagrad):  # which has to do without
             initial = self.defaults["initial_accumulator_value"]
             for param in group["params"]:
                 if param.grad is not None and not self.state[param]:

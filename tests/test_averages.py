@@ -182,3 +182,15 @@ def test_functions_are_called_as_torchs():
         arguments = [[torch.zeros(2)], [torch.ones(2)], 1]
         own(**dict(zip(inspect.signature(function).parameters, arguments, strict=True)))
         assert arguments[0][0][0] > 0
+
+
+def test_averages_that_share_memory_from_some_call_on():
+    """Then they take turns. Each half of the memory is long: its thread would be at its beginning too early."""
+    torch.set_num_threads(2)
+    size, half = 400_000, 200_000
+    memories = [torch.zeros(2 * size) for _ in range(2)]
+    for begin in (size, half, size, half):
+        values = [torch.randn(size) for _ in range(2)]
+        for of, memory in zip((theirs, ours), memories, strict=True):
+            of.get_ema_multi_avg_fn(0.75)([memory[:size], memory[begin : begin + size]], values, 1)
+        assert_same_bits(memories[1], memories[0], f"the second from {begin} on")

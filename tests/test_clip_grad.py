@@ -30,6 +30,11 @@ def parameters(grads):
     return [torch.nn.Parameter(torch.zeros(2)), *params]  # one without gradient
 
 
+def same_strides(tensor):
+    """A copy whose memory is laid out as the tensor's, with gaps too."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+
+
 def everywhere(function):
     """The results of a function on every instruction set, and on 1 and 3 threads; it says once which is the first."""
     results = []
@@ -66,6 +71,23 @@ def test_norm_is_exact_and_the_same_everywhere(dtype, order):
         assert_same_bits(norm, results[0][1], where)
     ulps = 4 if dtype == torch.float64 else 1  # float64 has nothing wider to sum in
     assert abs(results[0][1].item() - float(expected)) <= ulps * np.spacing(expected)
+
+
+@pytest.mark.parametrize("size", [1, 33, 4095, 9000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_order_of_the_sum(dtype, size):
+    """In docs/after-backward.md: tiles of 4096 elements, in each 32 lanes that are added in halves."""
+    grad = torch.randn(size, dtype=dtype)
+    total = 0.0
+    for tile in grad.double().split(4096):
+        lanes = torch.zeros(32, dtype=torch.float64)
+        for part in tile.split(32):
+            lanes[: len(part)] += part * part
+        while len(lanes) > 1:
+            lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+        total += lanes.item()
+    for where, norm in everywhere(lambda: fastopt._C.norm([grad], 2.0)):
+        assert norm == math.sqrt(total), where
 
 
 @pytest.mark.parametrize("numbers", [[3e38, 1e-3], [1e-45, 1e-45], [1e-30] * 1000 + [1.0], [3e38] * 5000])
@@ -141,7 +163,7 @@ def test_any_strides():
         for of in (utils, fastopt):
             params = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
             for param, grad in zip(params, grads, strict=True):
-                param.grad = torch.empty_strided(grad.shape, grad.stride()).copy_(grad)
+                param.grad = same_strides(grad)
             getattr(of, name)(params, *arguments)
             both.append([param.grad for param in params])
         assert_same_bits(*both, name)
@@ -231,6 +253,45 @@ def test_second_call_allocates_nothing():
     assert fastopt._C.counters()["allocations"] == before
 
 
+def test_lists_that_change_from_call_to_call():
+    """Rows are kept; whatever of the tensors is other than at the call before shows in the result."""
+    kinds = [torch.randn(40, 30), torch.randn(30, 40).t(), torch.randn(40, 60)[:, ::2], torch.randn(40, 30).bfloat16()]
+    kinds += [torch.randn(7), torch.randn(0), torch.randn(40, 30).double(), torch.randn(3, 5)]
+    shared, names = torch.randn(60), ("clip_grads_with_norm_", "clip_grad_value_", "get_ema_multi_avg_fn")
+    random = np.random.default_rng(0)
+    grads = [kinds[0].clone() for _ in range(6)]
+    for round in range(300):
+        match round % 4:  # every other call finds other tensors; some of them share memory, or are there twice
+            case 0:
+                grads[random.integers(len(grads))] = same_strides(kinds[random.integers(len(kinds))])
+            case 1:
+                grads = [same_strides(grad) for grad in grads]
+            case 2:
+                at = random.integers(len(shared) - 15)
+                grads[random.integers(len(grads))] = shared[at : at + 15].view(3, 5)
+            case _:
+                grads = grads[1:] if len(grads) > 8 else [*grads, grads[0]]
+        before = [grad.clone() for grad in grads]
+        for name in names:
+            both = []
+            for of, averages in ((utils, torch.optim.swa_utils), (fastopt, fastopt.swa_utils)):
+                for grad, value in zip(grads, before, strict=True):
+                    grad.copy_(value)
+                if name == names[2]:
+                    averages.get_ema_multi_avg_fn(0.75)(grads, [value + 1 for value in before], 1)
+                else:
+                    params = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+                    for param, grad in zip(params, grads, strict=True):
+                        param.grad = grad
+                    getattr(of, name)(params, *((1.0, torch.tensor(7.0)) if name == names[0] else (0.3,)))
+                both.append([grad.clone() for grad in grads])
+            assert_same_bits(*both, f"{name} in round {round}")
+        for grad, value in zip(grads, before, strict=True):
+            grad.copy_(value)
+        together = torch.cat([grad.reshape(-1).double() for grad in grads])
+        assert fastopt.get_total_norm(grads).item() == pytest.approx(together.norm().item())
+
+
 def test_gradients_tell_autograd_that_they_changed():
     param = parameters([torch.tensor([3.0, 4.0])])[1]
     version = param.grad._version
@@ -267,8 +328,8 @@ def test_inside_a_compiled_function():
 
 @pytest.mark.slow
 def test_more_elements_than_32_bits_count():
-    grad = torch.full((2**31 + 5,), 0.5, dtype=torch.bfloat16)
-    param = torch.nn.Parameter(torch.zeros_like(grad))
+    grad = torch.full((2**31 + 5,), 0.5, dtype=torch.bfloat16)  # 4.3 GB
+    param = torch.nn.Parameter(torch.zeros(1, dtype=grad.dtype).expand(grad.shape))
     param.grad = grad
     torch.set_num_threads(2)
     assert fastopt.clip_grad_norm_(param, 1.0).item() == np.float32(0.5 * math.sqrt(2**31 + 5))

@@ -6,6 +6,7 @@ once with torch's for-loop; it returns what must be equal. The reference's squar
 
 import contextlib
 import copy
+import itertools
 import statistics
 import time
 import warnings
@@ -16,11 +17,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 import torch.multiprocessing
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fastopt
 
@@ -265,6 +272,49 @@ def clip_dtensors(_):
     assert any("clip_grad_norm_" in reason for reason in fastopt.backend_info()["torch_steps"])
 
 
+def clip_mixed_dtensors(_):
+    """Of several meshes or beside plain tensors: torch's result or error, whatever `foreach` is, and torch's bits."""
+    size = dist.get_world_size()
+    line, plane = init_device_mesh("cpu", (size,)), init_device_mesh("cpu", (1, size))
+    named = init_device_mesh("cpu", (size,), mesh_dim_names=("x",))
+    on_line, plain = (line, (Shard(0),)), (None, ())
+    mixtures = [
+        (on_line, plain), (plain, (line, (Replicate(),))), (on_line, (named, (Shard(0),))),
+        (on_line, (plane, (Replicate(), Shard(0)))),
+    ]  # fmt: skip
+    calls = (
+        lambda of, params, foreach: of.clip_grad_norm_(params, 0.5, foreach=foreach),
+        lambda of, params, foreach: of.get_total_norm([param.grad for param in params], foreach=foreach),
+        lambda of, params, foreach: of.clip_grads_with_norm_(params, 0.5, torch.tensor(5.0), foreach=foreach),
+        lambda of, params, foreach: of.clip_grad_value_(params, 0.3, foreach=foreach),
+    )
+    results = 0
+    for mixture, call, foreach in itertools.product(mixtures, calls, (None, False)):
+        both = []
+        for of in (nn.utils, fastopt):
+            torch.manual_seed(0)
+            params = []
+            for mesh, placements in mixture:
+                params.append(nn.Parameter(torch.zeros(4, 6)))
+                grad = torch.randn(4, 6)
+                if mesh is not None:
+                    params[-1] = nn.Parameter(distribute_tensor(params[-1].data, mesh, placements))
+                    grad = distribute_tensor(grad, mesh, placements)
+                params[-1].grad = grad
+            try:
+                answer = call(of, params, foreach)
+                results += 1
+            except RuntimeError as error:
+                answer = str(error)
+            tensors = [local(param.grad) for param in params]
+            if isinstance(answer, torch.Tensor):
+                tensors.append(local(answer))
+            both.append((type(answer), answer if isinstance(answer, str) else None, tensors))
+        assert both[0][:2] == both[1][:2]
+        assert_same_bits(both[0][2], both[1][2], f"{mixture}, foreach={foreach}")
+    assert results, "torch takes none of them: nothing was compared"
+
+
 def clip_in_fsdp2(_):
     """As in a training script; the same norm of the whole model as in one process."""
     for clip in (fastopt.clip_grad_norm_, nn.utils.clip_grad_norm_):
@@ -351,6 +401,323 @@ def test_host_time_of_dtensors(tmp_path):
     in_processes(1, tmp_path, host_time_of_dtensors, None)
 
 
-@pytest.mark.parametrize("scenario", [clip_dtensors, clip_in_fsdp2], ids=lambda scenario: scenario.__name__)
+CLIPPING = (clip_dtensors, clip_mixed_dtensors, clip_in_fsdp2)
+
+
+@pytest.mark.parametrize("scenario", CLIPPING, ids=lambda scenario: scenario.__name__)
 def test_clipping(scenario, tmp_path):
     in_processes(2, tmp_path, scenario, None)
+
+
+# ---- clipping and averaging in the step
+
+
+def gradients(params, step):
+    """The same whole gradients in all processes."""
+    torch.manual_seed(step)
+    for param in params:
+        whole = torch.randn(param.shape, dtype=torch.float64).to(param.dtype)
+        placed = isinstance(param, DTensor)
+        grad = distribute_tensor(whole, param.device_mesh, param.placements) if placed else whole
+        if param.grad is None:
+            param.grad = grad
+        else:  # as FSDP2, whose gradients have one spec
+            local(param.grad).copy_(local(grad))
+
+
+def placed_parameters(dtypes, *places):
+    """On a mesh with placements, or plain at None; 3 rows are not shared evenly, and of 1 row one has nothing."""
+    params = []
+    for dtype in dtypes:
+        for place in places:
+            for rows in (3, 1):
+                value = torch.linspace(-1, 1, rows * 50, dtype=dtype).view(rows, 50)
+                params.append(nn.Parameter(value if place is None else distribute_tensor(value, *place)))
+    return params
+
+
+def clip_in_the_step(_):
+    """One norm, of the whole tensors, with the same bits everywhere; then what clipping by it and a step give."""
+    size = dist.get_world_size()
+    line, wide, high = (init_device_mesh("cpu", shape) for shape in ((size,), (1, size), (size, 1)))
+    first = (line, (Shard(0),)), (line, (Shard(1),)), (line, (Replicate(),))
+    second = (wide, (Shard(0), Shard(1))), (wide, (Replicate(), Shard(0))), (wide, (Shard(1), Replicate()))
+    cases = [
+        (True, first),
+        (True, second),
+        (True, first[2:]),
+        (False, (None, *first)),
+        (False, (*second, None)),
+        (False, (None, first[2])),
+        (False, (*first, (high, (Shard(0), Replicate())))),
+    ]
+    for row in ROWS:
+        for one_mesh, places in cases:
+            for dtypes in ((torch.float32,), (torch.bfloat16, torch.float32), (torch.float64,)):
+                ours, theirs = placed_parameters(dtypes, *places), placed_parameters(dtypes, *places)
+                optimizer = row.ours(ours, **row.plain, max_grad_norm=0.5)
+                plain = row.ours(theirs, **row.plain)
+                torch_steps, checks = fastopt.backend_info()["torch_steps"], []
+                for step in range(3):
+                    gradients(ours, step)
+                    gradients(theirs, step)
+                    before = fastopt._C.counters()["checks"]
+                    optimizer.step()
+                    checks.append(fastopt._C.counters()["checks"] - before)
+                    assert fastopt.backend_info()["torch_steps"] == torch_steps, "torch's own step ran"
+                    norm = optimizer.grad_norm
+                    everywhere = [torch.zeros((), dtype=norm.dtype) for _ in range(size)]
+                    dist.all_gather(everywhere, norm)
+                    assert_same_bits(everywhere, [norm] * size, "of all processes")
+                    whole = [p.grad.full_tensor() if isinstance(p, DTensor) else p.grad for p in theirs]
+                    exact = fastopt.get_total_norm([grad.double() for grad in whole]).item()
+                    eps = torch.finfo(norm.dtype).eps
+                    assert abs(norm.item() - exact) <= (4 if norm.dtype == torch.float64 else 1) * eps * exact
+                    assert_same_bits([local(p.grad) for p in ours], [local(p.grad) for p in theirs], "gradients stay")
+                    if one_mesh:
+                        assert_same_bits(fastopt.clip_grad_norm_(theirs, 0.5).to_local(), norm, "by the function")
+                    else:
+                        parts = [nn.Parameter(local(p.detach())) for p in theirs]
+                        for part, param in zip(parts, theirs, strict=True):
+                            part.grad = local(param.grad)
+                        nn.utils.clip_grads_with_norm_(parts, 0.5, norm)
+                    plain.step()
+                    assert_same_bits(values_of(optimizer), values_of(plain), f"{row.name} {places} {dtypes}")
+                assert checks[2] == 0, "a step like the one before is only compared with it"
+    assert all(not isinstance(p, DTensor) or p._version > 0 for p in ours)
+
+
+def clip_where_a_process_has_no_gradient(_):
+    """All take part in the reduction, whatever they have; a norm that is not finite is refused by all alike."""
+    line = init_device_mesh("cpu", (dist.get_world_size(),))
+    rank = dist.get_rank()
+    for row in ROWS:
+        params = placed_parameters((torch.float32,), (line, (Shard(0),)), None)
+        optimizer = row.ours(params, **row.plain, max_grad_norm=1.0, error_if_nonfinite=True)
+        gradients(params, 0)
+        expected = params[0].grad.to_local().double().square().sum() + params[1].grad.to_local().double().square().sum()
+        expected += params[2].grad.double().square().sum() + params[3].grad.double().square().sum()
+        if rank == 1:
+            for param in params:
+                param.grad = None
+        dist.broadcast(expected, 0)
+        optimizer.step()
+        assert optimizer.grad_norm.item() == pytest.approx(expected.sqrt().item(), rel=1e-6)
+        for bad in (float("nan"), float("inf")):
+            gradients(params, 1)
+            if rank == 1:
+                params[0].grad.to_local()[0, 3] = bad
+            before = values_of(optimizer)
+            with pytest.raises(RuntimeError, match="order 2.0 for gradients from `parameters` is non-finite"):
+                optimizer.step()
+            assert_same_bits(values_of(optimizer), before, "refused")
+            assert not optimizer.grad_norm.isnan()
+        gradients(params, 2)
+        optimizer.step()  # goes on
+        assert_same_bits(optimizer.grad_norm, fastopt.get_total_norm([full(p.grad) for p in params]), "then")
+
+    alone = DeviceMesh("cpu", [0])
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), line, [Shard(0)]))]
+    params += [nn.Parameter(distribute_tensor(torch.ones(4), alone, [Replicate()]))]
+    optimizer = fastopt.AdamW(params, max_grad_norm=1.0)
+    gradients(params, 0)
+    with contextlib.nullcontext() if rank == 0 else pytest.raises(RuntimeError, match="a device mesh without this"):
+        optimizer.step()
+    assert (optimizer.grad_norm is not None) == (rank == 0) == bool(optimizer.state)
+
+
+def clip_after_unscaling(_):
+    """The norm is that of the unscaled gradients, as they are stored."""
+    line = init_device_mesh("cpu", (dist.get_world_size(),))
+    for row in ROWS:
+        for dtype in (torch.float32, torch.bfloat16):
+            both = []
+            for folded in (True, False):
+                params = placed_parameters((dtype,), (line, (Shard(0),)), (line, (Replicate(),)))
+                optimizer = row.ours(params, **row.plain, **({"max_grad_norm": 0.5} if folded else {}))
+                for step in range(2):
+                    gradients(params, step)
+                    if folded:
+                        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(0.0)
+                    else:
+                        for param in params:
+                            local(param.grad).mul_(torch.tensor(3.0).double().reciprocal().float())
+                        norm = fastopt.clip_grad_norm_(params, 0.5).to_local()
+                    optimizer.step()
+                both.append([optimizer.grad_norm if folded else norm, *values_of(optimizer)])
+            assert_same_bits(*both, f"{row.name} {dtype}")
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_what_the_plan_does_not_take(_):
+    """Beside the step, by the same norm: a complex parameter, also where torch's function refuses a mixed list."""
+    line = init_device_mesh("cpu", (dist.get_world_size(),))
+    for shard, odd in ((Shard(0), True), (Replicate(), True), (Shard(0), False)):
+        params = placed_parameters((torch.float32,), (line, (shard,)))
+        params.append(nn.Parameter(torch.ones(3, dtype=torch.complex64 if odd else torch.float32)))
+        optimizer = fastopt.AdamW(params, max_grad_norm=0.5)
+        gradients(params, 3)
+        expected = torch.stack([torch.linalg.vector_norm(full(p.grad)) for p in params]).norm()
+        optimizer.step()
+        assert type(optimizer.grad_norm) is torch.Tensor
+        torch.testing.assert_close(optimizer.grad_norm, expected, rtol=1e-5, atol=0)
+    with pytest.raises(RuntimeError, match="got mixed torch.Tensor and DTensor"):
+        nn.utils.clip_grad_norm_(params, 0.5)
+    partial = nn.Parameter(distribute_tensor(torch.zeros(4), line, [Replicate()]))
+    optimizer = fastopt.SGD([partial], lr=1.0, max_grad_norm=1.0)
+    partial.grad = DTensor.from_local(torch.ones(4), line, [Partial()])
+    optimizer.step()
+    size = dist.get_world_size()
+    assert optimizer.grad_norm.item() == pytest.approx(2 * size)
+    torch.testing.assert_close(partial.full_tensor(), torch.full((4,), -0.5))
+
+
+def model_of_even_sizes():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def clip_in_the_step_of_models(_):
+    """A model under each wrapper, the loss of the whole batch: one norm and one model, as in one process."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
+    other = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("dp", "tp"))
+
+    def tensor_parallel(model, mesh):
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        return parallelize_module(model, mesh["tp"], plan)
+
+    wrap = {
+        "fsdp2": sharded,
+        "ddp": nn.parallel.DistributedDataParallel,
+        "ddp, bucket views": lambda model: nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True),
+        "tensor parallel": lambda model: tensor_parallel(model, mesh),
+        "tensor parallel and fsdp2": lambda model: sharded(tensor_parallel(model, mesh), mesh=mesh["dp"]),
+        "fsdp2 and tensor parallel": lambda model: sharded(tensor_parallel(model, other), mesh=other["dp"]),
+    }
+    for name, wrapped in wrap.items():
+        models = [model_of_even_sizes() if "parallel" in name else model_of_odd_sizes() for _ in range(3)]
+        models = [wrapped(models[0]), wrapped(models[1]), models[2]]
+        optimizers = [
+            fastopt.AdamW(models[0].parameters(), max_grad_norm=0.1),
+            torch.optim.AdamW(models[1].parameters()),
+            fastopt.AdamW(models[2].parameters(), max_grad_norm=0.1),
+        ]
+        for step in range(4):
+            torch.manual_seed(step)
+            x = torch.randn(3, 6)
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+            before = fastopt.backend_info()["torch_steps"]
+            optimizers[0].step()
+            assert fastopt.backend_info()["torch_steps"] == before, name
+            if "parallel" not in name:  # parameters that are not in its plan are plain: torch refuses the mixture
+                theirs = nn.utils.clip_grad_norm_(models[1].parameters(), 0.1)
+                torch.testing.assert_close(optimizers[0].grad_norm, full(theirs), rtol=1e-5, atol=0)
+            optimizers[1].step()
+            optimizers[2].step()
+            torch.testing.assert_close(optimizers[0].grad_norm, optimizers[2].grad_norm, rtol=1e-5, atol=0)
+        for a, b in zip(models[0].parameters(), models[2].parameters(), strict=True):
+            torch.testing.assert_close(full(a.detach()), b.detach(), rtol=1e-4, atol=1e-6)
+
+
+def norm_of_a_part(_):
+    """What hands an optimizer a part of the parameters is refused, and right where there is one process."""
+    several = dist.get_world_size() > 1
+
+    def refused(what):
+        if several:
+            return pytest.raises(RuntimeError, match=f"max_grad_norm: .*{what}")
+        return contextlib.nullcontext()
+
+    for row in ROWS:
+        model = nn.parallel.DistributedDataParallel(model_of_odd_sizes())
+        with refused("call fastopt.clip_grad_norm_ with the parameters of the model before the step"):
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), row.ours, **row.plain, max_grad_norm=1e-3)
+            train(model, optimizer, 1)
+            assert optimizer.optim.grad_norm > 0
+        fastopt.AdamW(model.parameters(), max_grad_norm=1.0)
+        for use_orig_params in (True, False):
+            model = FullyShardedDataParallel(
+                model_of_odd_sizes(), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+            )
+            optimizer = row.ours(model.parameters(), **row.plain, max_grad_norm=1e-3)
+            model(torch.ones(3, 6)).square().mean().backward()
+            before, states = values_of(optimizer), len(optimizer.state)
+            for _ in range(2):
+                with refused("call the model's clip_grad_norm_"):
+                    optimizer.step()
+            if several:
+                assert_same_bits(values_of(optimizer), before, "refused")
+                assert len(optimizer.state) == states
+            else:
+                assert optimizer.grad_norm > 0
+            optimizer.max_grad_norm = None
+            optimizer.step()  # without clipping it is as always
+
+
+def averages(_):
+    """The running average of the part here, beside a wrapper that knows nothing of it; its checkpoints have it."""
+    wrap = {
+        "ddp": nn.parallel.DistributedDataParallel,
+        "fsdp2": sharded,
+        "fsdp2 in bfloat16": lambda model: sharded(model.bfloat16()),
+        "fsdp1": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True),
+    }
+    decay = 0.75
+    for row in ROWS:
+        for name, wrapped in wrap.items():
+            model = wrapped(model_of_odd_sizes())
+            optimizer = row.ours(model.parameters(), **row.plain, ema_decay=decay)
+            expected = None
+            for t in range(3):
+                dtype = next(model.parameters()).dtype
+                optimizer.zero_grad()
+                torch.manual_seed(t)
+                model(torch.randn(3, 6, dtype=dtype)).square().mean().backward()
+                optimizer.step()
+                params = [p for p in model.parameters() if p.grad is not None]  # FSDP1 leaves some to others
+                values = [local(p.detach()).clone().float() for p in params]
+                if t == 0:
+                    expected = values
+                else:
+                    torch._foreach_lerp_(expected, values, 1 - decay)
+            kept = [optimizer.state[p]["ema"] for p in params]
+            assert_same_bits([local(ema) for ema in kept], expected, f"{name} {row.name}")
+            for param, ema in zip(params, kept, strict=True):
+                assert type(ema) is (DTensor if isinstance(param, DTensor) else torch.Tensor)
+                assert not isinstance(ema, DTensor) or ema.placements == param.placements
+            saved = get_optimizer_state_dict(model, optimizer)
+            again = wrapped(model_of_odd_sizes())
+            other = row.ours(again.parameters(), **row.plain, ema_decay=decay)
+            set_optimizer_state_dict(again, other, saved)
+            loaded = [local(other.state[p]["ema"]) for p in again.parameters() if p.numel()]
+            kept = [local(ema) for ema in kept if local(ema).numel()]
+            assert_same_bits([ema for ema in loaded if ema.numel()], kept, f"{name} {row.name}, loaded")
+        model = nn.parallel.DistributedDataParallel(model_of_odd_sizes())
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), row.ours, **row.plain, ema_decay=decay)
+        train(model, optimizer, 1)
+        optimizer.consolidate_state_dict(to=0)
+        if dist.get_rank() == 0:
+            state = optimizer.state_dict()["state"]
+            values = [p.detach() for p in model.parameters()]
+            assert_same_bits([state[at]["ema"] for at in range(len(values))], values, f"ZeRO {row.name}")
+
+
+IN_THE_STEP = (
+    clip_in_the_step, clip_where_a_process_has_no_gradient, clip_after_unscaling, clip_what_the_plan_does_not_take,
+    clip_in_the_step_of_models, averages,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scenario", IN_THE_STEP, ids=lambda scenario: scenario.__name__)
+def test_in_the_step(scenario, tmp_path):
+    in_processes(2, tmp_path, scenario, None)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_norm_of_a_part(processes, tmp_path):
+    in_processes(processes, tmp_path, norm_of_a_part, None)

@@ -357,3 +357,21 @@ def test_averages_begin_late_without_a_first_step_anew(row):
         assert ("ema" in optimizer.state[params[0]]) == (step >= 2)
         if step == 2:
             assert_same_bits([optimizer.state[p]["ema"] for p in params], [p.detach() for p in params], "the first")
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_averages_where_torch_steps(momentum):
+    """Of parameters without other state too."""
+    params, plain = ([torch.nn.Parameter(torch.ones(3, dtype=torch.complex64)) for _ in range(2)] for _ in range(2))
+    optimizer = fastopt.SGD(params, lr=0.1, momentum=momentum, ema_decay=0.9)
+    other = torch.optim.SGD(plain, lr=0.1, momentum=momentum, foreach=False)
+    expected = None
+    for step in range(3):
+        for its in (params[:1], plain[:1]):
+            give_gradients(its, step)
+        optimizer.step()
+        other.step()
+        value = plain[0].detach()
+        expected = value.clone() if expected is None else torch.lerp(expected, value, 1 - 0.9)
+        assert torch.equal(optimizer.state[params[0]]["ema"], expected)
+    assert "ema" not in optimizer.state.get(params[1], {})

@@ -1,6 +1,6 @@
-"""Lightning and Hugging Face accelerate train with fastopt unchanged, and resume from their checkpoints.
+"""Lightning, Hugging Face accelerate and transformers.Trainer train with fastopt unchanged, also where they clip.
 
-Real packages, where they are installed (pip install lightning accelerate), on a small model and one process.
+Real packages, where they are installed (pip install lightning accelerate transformers); a small model, one process.
 """
 
 import pytest
@@ -25,8 +25,11 @@ def small_model():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
-def lightning_run(make, folder, epochs, resume=None):
-    """Trains with a scheduler and clipping; returns the snapshot at the end and the path of the checkpoint."""
+CLIP = 0.05  # what frameworks are told to clip to: less than any norm here
+
+
+def lightning_run(make, folder, epochs, resume=None, clip=CLIP):
+    """Trains with a scheduler and clipping; returns the snapshot at the end, the checkpoint's path, the optimizer."""
     import lightning
 
     class Module(lightning.LightningModule):
@@ -50,7 +53,7 @@ def lightning_run(make, folder, epochs, resume=None):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        gradient_clip_val=0.5,
+        gradient_clip_val=clip,
         default_root_dir=folder,
     )
     module = Module()
@@ -58,7 +61,7 @@ def lightning_run(make, folder, epochs, resume=None):
         trainer.fit(module, data, ckpt_path=resume, weights_only=False)
     path = folder / f"{epochs}.ckpt"
     trainer.save_checkpoint(path)
-    return snapshot(trainer.optimizers[0]), path
+    return snapshot(trainer.optimizers[0]), path, trainer.optimizers[0]
 
 
 @every_row
@@ -72,12 +75,12 @@ def test_lightning(row, tmp_path):
         whole.append(lightning_run(make, folder, 4)[0])
     assert_same_bits(*whole, row.name)
     for first, then in ((0, 0), (0, 1), (1, 0)):  # also from the other library's checkpoint
-        _, path = lightning_run(makes[first], folders[first], 2)
-        resumed, _ = lightning_run(makes[then], folders[then], 4, resume=path)
+        _, path, _ = lightning_run(makes[first], folders[first], 2)
+        resumed = lightning_run(makes[then], folders[then], 4, resume=path)[0]
         assert_same_bits(resumed, whole[0], f"{row.name} {first} {then}")
 
 
-def accelerate_run(make, steps, save_at=None, resume=None):
+def accelerate_run(make, steps, save_at=None, resume=None, clip=CLIP):
     import accelerate
 
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -95,24 +98,82 @@ def accelerate_run(make, steps, save_at=None, resume=None):
         for x, y in data:
             with accelerator.accumulate(model), reference.correctly_rounded_sqrt():
                 accelerator.backward(nn.functional.mse_loss(model(x), y))
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                if accelerator.sync_gradients and clip is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), clip)
                 wrapped.step()
                 scheduler.step()
                 wrapped.zero_grad()
         done += 1
         if save_at is not None:
             accelerator.save_state(save_at)
-    return snapshot(optimizer)
+    return snapshot(optimizer), optimizer
 
 
 @every_row
 def test_accelerate(row, tmp_path):
     pytest.importorskip("accelerate")
     makes = [row.make_ours(row.plain), row.make_reference(row.plain)]
-    whole = [accelerate_run(make, 4) for make in makes]
+    whole = [accelerate_run(make, 4)[0] for make in makes]
     assert_same_bits(*whole, row.name)
     for first, then in ((0, 0), (0, 1), (1, 0)):
         folder = str(tmp_path / f"{first}{then}")
         accelerate_run(makes[first], 2, save_at=folder)
-        assert_same_bits(accelerate_run(makes[then], 2, resume=folder), whole[0], f"{row.name} {first} {then}")
+        assert_same_bits(accelerate_run(makes[then], 2, resume=folder)[0], whole[0], f"{row.name} {first} {then}")
+
+
+def trainer_run(make, folder, clip=CLIP):
+    import transformers
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small_model()
+
+        def forward(self, x, labels):
+            y = self.model(x)
+            return {"loss": nn.functional.mse_loss(y, labels), "logits": y}
+
+    model = Model()
+    optimizer = make(model.parameters())
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        num_train_epochs=2,
+        max_grad_norm=0.0 if clip is None else clip,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    data = [{"x": x, "labels": y} for x, y in zip(*batches(4), strict=True)]
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    with reference.correctly_rounded_sqrt():
+        trainer.train()
+    return snapshot(optimizer), optimizer
+
+
+@every_row
+def test_trainer(row, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    ours, theirs = (trainer_run(make(row.plain), tmp_path)[0] for make in (row.make_ours, row.make_reference))
+    assert_same_bits(ours, theirs, row.name)
+
+
+FRAMEWORKS = {
+    "lightning": lambda make, folder, clip: lightning_run(make, folder, 2, clip=clip),
+    "accelerate": lambda make, folder, clip: accelerate_run(make, 2, clip=clip),
+    "transformers": trainer_run,
+}
+
+
+@every_row
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_clipping_moved_into_the_step(row, framework, tmp_path):
+    """Theirs turned off, and an option of the optimizer, as docs/after-backward.md shows it: the same training."""
+    pytest.importorskip(framework)
+    run = FRAMEWORKS[framework]
+    theirs = run(row.make_ours(row.plain), tmp_path, CLIP)[0]
+    ours, *_, optimizer = run(lambda params: row.ours(params, **row.plain, max_grad_norm=CLIP), tmp_path, None)
+    assert optimizer.grad_norm > CLIP
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)

@@ -504,10 +504,13 @@ class Recorded(NamedTuple):
 
 
 class Graph:
-    """What a CUDA graph does with copies and launches: none runs at the capture, all of them at each replay."""
+    """What a CUDA graph does with copies and launches: none runs at the capture, all of them at each replay.
+
+    Memory that is asked for meanwhile stays the graph's.
+    """
 
     def __init__(self, monkeypatch):
-        self.work, self.monkeypatch = [], monkeypatch
+        self.work, self.memory, self.monkeypatch = [], [], monkeypatch
 
     @contextlib.contextmanager
     def capture(self):
@@ -518,8 +521,13 @@ class Graph:
 
             return add
 
+        def keep(*arguments, make=torch.empty, **options):
+            self.memory.append(make(*arguments, **options))
+            return self.memory[-1]
+
         with self.monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            patch.setattr(torch, "empty", keep)
             patch.setattr(torch.Tensor, "copy_", record(torch.Tensor.copy_))
             patch.setattr(multi_tensor.Launcher, "launch", record(multi_tensor.Launcher.launch))
             yield
@@ -1044,3 +1052,32 @@ def test_uploads_of_a_large_model(tmp_path):
     assert all(result["tensors"] == 291 and result["copies"] <= 1 for result in found)
     assert uploaded[1, False, "nothing changes"] == uploaded[1, False, "lr changes"] == 0
     assert uploaded[2, False, "nothing changes"] == 2 * 12 * 4
+
+
+# ---- a scaler
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[-1]], ids=lambda row: row.name)
+def test_grad_scaler(row, dtype, gpu):
+    """Searched and unscaled by kernels: torch's scale, skipped steps and bits; one number is waited for."""
+    from .test_grad_scaler import drive, same
+
+    def run(cls, **own):
+        generator = torch.Generator().manual_seed(0)
+        start = [torch.randn(size, generator=generator).to(dtype) for size in ((), (5,), (CHUNK + 1,))]
+        params = [torch.nn.Parameter(value) for value in start]
+        optimizer = row.ours(params, **row.plain, **own)
+        scaler = cls("cpu", init_scale=2.0**10, growth_factor=1.7, backoff_factor=0.6, growth_interval=2)
+
+        def clip(scaler, optimizer, params):
+            scaler.unscale_(optimizer)
+            fastopt.clip_grad_norm_(params, 2.0)
+
+        return drive(scaler, [optimizer], [params], 5, clip if not own else None), len(gpu.launches)
+
+    before = len(gpu.launches)
+    expected, between = run(torch.amp.GradScaler)
+    folded, after = run(fastopt.GradScaler, max_grad_norm=2.0)
+    same(folded, expected, "folded")
+    assert before < between < after

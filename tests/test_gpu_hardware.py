@@ -364,3 +364,93 @@ def test_clipping_that_is_torchs():
     assert fastopt.get_total_norm([param.grad for param in cuda]).item() == pytest.approx(1.0, rel=1e-3)
     reasons = " ".join(fastopt.backend_info()["torch_steps"])
     assert "several devices" in reasons and "a CUDA graph is being captured" in reasons
+
+
+# ---- clipping, a scale and averages inside the step
+
+
+BESIDE = {"max_grad_norm": 1.0, "ema_decay": 0.9}
+
+
+def with_scale(optimizer, scale, device):
+    optimizer.grad_scale = torch.tensor(scale, device=device)
+
+
+@every_row
+def test_clipped_scaled_and_averaged_steps_are_the_cpus(row):
+    """Queued without waiting, with a scale on the device that changes; the norms are read at the end."""
+    cpu, cuda = optimizers_on(row, CPU, CUDA, **BESIDE)
+    with_scale(cpu, 4.0, "cpu"), with_scale(cuda, 4.0, "cuda")
+    grads = [[[torch.randn(size).to(device) for size in SIZES] for device in ("cpu", "cuda")] for _ in range(6)]
+    for own, others in grads:
+        for grad, other in zip(own, others, strict=True):
+            other.copy_(grad)
+    norms = []
+    for turn, both in enumerate(grads):
+        for optimizer, given in zip((cpu, cuda), both, strict=True):
+            for param, grad in zip(params_of(optimizer), given, strict=True):
+                param.grad = grad
+            optimizer.grad_scale.mul_(2.0)
+        cpu.step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if turn > 1 else "default")
+        try:
+            cuda.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        norms.append((cpu.grad_norm, cuda.grad_norm))
+    for expected, actual in norms:
+        assert actual.device.type == "cuda" and actual.cpu() == expected
+    assert_same_bits(contents(cuda), contents(cpu), row.name)
+
+
+@capturable_rows
+def test_graphs_clip_scale_and_average(row):
+    plain, captured = optimizers_on(row, CUDA, CUDA, **BESIDE, capturable=True)
+    for optimizer in (plain, captured):
+        with_scale(optimizer, 4.0, "cuda")
+    set_grads(plain, captured)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        captured.step()
+    torch.cuda.synchronize()
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    norm = captured.grad_norm
+    for turn in range(4):
+        for optimizer in (plain, captured):
+            optimizer.grad_scale.mul_(2.0)
+        for own, other in zip(params_of(plain), params_of(captured), strict=True):
+            own.grad.normal_()
+            other.grad.copy_(own.grad)
+        plain.step()
+        graph.replay()
+        assert torch.equal(norm, plain.grad_norm), turn
+    assert_same_bits(contents(captured), contents(plain), row.name)
+
+
+@every_row
+def test_clipping_of_parameters_on_cpu_and_gpu(row):
+    """Beside the step, with the norm of all."""
+    mixed, cpu = optimizers_on(row, ("cpu", "cuda", "cpu", "cuda"), CPU, max_grad_norm=1.0)
+    for _ in range(3):
+        set_grads(mixed, cpu)
+        mixed.step()
+        cpu.step()
+        torch.testing.assert_close(mixed.grad_norm.cpu(), cpu.grad_norm, rtol=1e-5, atol=0)
+    for actual, expected in zip(contents(mixed), contents(cpu), strict=True):
+        torch.testing.assert_close(actual["param"], expected["param"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every_row
+def test_several_gpus_have_one_norm(row):
+    several, cpu = optimizers_on(row, ("cuda:0", "cuda:1", "cuda:1", "cuda:0"), CPU, **BESIDE)
+    for _ in range(3):
+        set_grads(several, cpu)
+        several.step()
+        cpu.step()
+        assert several.grad_norm.cpu() == cpu.grad_norm
+    assert_same_bits(contents(several), contents(cpu), row.name)

@@ -149,12 +149,12 @@ def sharded_model(mesh):
 
 
 def tensor_parallel_model(mesh):
-    """As operations on DTensors leave them, whose gradients come from DTensor's own backward."""
+    """As operations on DTensors leave them. Gradients come from DTensor's own backward, placed as their parameters."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     placements = Shard(0), Shard(1), Replicate()
     params = [torch.nn.Parameter(distribute_tensor(torch.randn(4, 6), mesh, [it])) for it in placements]
-    return params, lambda: sum((param * param).sum() for param in params).full_tensor()
+    return params, lambda: sum(param.redistribute(mesh, [Replicate()]).square().sum() for param in params).full_tensor()
 
 
 @pytest.fixture

@@ -36,17 +36,27 @@ def run(target, code, tmp_path):
 
 
 def test_without_extension(tmp_path):
+    """And without a module that was there when it was built before: here one that never was."""
+    before = ROOT / "build" / "lib" / "fastopt"
+    before.mkdir(parents=True, exist_ok=True)
+    (before / "of_a_build_before.py").touch()
     pip("install", "--target", str(tmp_path / "site"), ".", FASTOPT_NO_EXTENSION="1")
     done = run(tmp_path / "site", STEP, tmp_path)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout and "'cpu': 'torch'" in done.stdout
     assert done.stderr.count("installed without its C++ extension") == 1
     assert done.stdout.count("installed without its C++ extension") == 1  # in backend_info()
+    installed = {path.name for path in (tmp_path / "site" / "fastopt").glob("*.py")}
+    assert installed == {path.name for path in (ROOT / "fastopt").glob("*.py")}
 
 
-SAYS = """#!/bin/sh
-case "$*" in *-o*) echo "$SAID" >&2; exit 1;; *) exec c++ "$@";; esac
-"""
+def compiler_that_fails(path):
+    """Which compiles nothing and says what is in the variable SAID, but tells which compiler it is."""
+    path.write_text(f"""#!/bin/sh
+case "$*" in *-o*) echo "$SAID" >&2; exit 1;; *) exec {shutil.which("c++")} "$@";; esac
+""")
+    path.chmod(0o755)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -63,15 +73,24 @@ case "$*" in *-o*) echo "$SAID" >&2; exit 1;; *) exec c++ "$@";; esac
 )
 def test_a_failed_build_says_why_and_what_helps(tmp_path, error, remedy):
     """In one sentence, with the first error of the compiler, here one that says it for every file."""
-    compiler = tmp_path / "fails"
-    compiler.write_text(SAYS)
-    compiler.chmod(0o755)
+    compiler = compiler_that_fails(tmp_path / "fails")
     env = {"CXX": str(compiler) if error else "no-such-compiler", "SAID": f"a note\n{error}\nanother error: the second"}
     done = pip("install", "--target", str(tmp_path / "site"), ".", check=False, **env)
     assert done.returncode != 0
     (said,) = {line.strip() for line in (done.stdout + done.stderr).splitlines() if "fastopt: " in line}
     assert remedy in said and "FASTOPT_NO_EXTENSION=1" in said
     assert error is None or f"the C++ compiler '{compiler}' failed: {error}; " in said
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="Apple's clang, with torch's OpenMP")
+def test_gcc_is_taken_where_it_is_there(tmp_path, monkeypatch):
+    """Its OpenMP is torch's own. Here all compilers fail, and the error names the one that was taken."""
+    for name in ("g++", "c++", "clang++"):
+        compiler_that_fails(tmp_path / name)
+    monkeypatch.delenv("CXX", raising=False)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAID": "error: not today"}
+    done = pip("install", "--target", str(tmp_path / "site"), ".", check=False, **environment)
+    assert "fastopt: the C++ compiler 'g++' failed: error: not today; " in done.stdout + done.stderr
 
 
 def test_a_build_without_torch_says_what_to_do(tmp_path):

@@ -12,12 +12,50 @@ namespace fastopt {
 
 // ---- rows
 
-void Rows::clear() {
-  rows.clear(), ends.clear(), layout_at.clear(), firsts.clear(), written.clear(), read.clear(), held.clear(), alive.clear(), layouts.clear(), extents.clear();
-  work = 0, tiles = 0, dtypes = 0, empty_rows = small_scalars = false;
+void Rows::begin() {
+  if (on_gpu()) drop_from(0);                     // the image of the GPU compares them
+  layouts.clear();
+  count = 0, dtypes = 0, empty_rows = small_scalars = false;
 }
 
 void Rows::add(TensorImpl* to, TensorImpl* from) {
+  if (count == rows.size() || !is_as_before(rows[count], made[count], to, from)) drop_from(count), make_row(to, from);
+  made[count].written = to, made[count].read = from;
+  const Row& row = rows[count++];
+  dtypes |= 1u << int(row.dtype[0]), empty_rows |= !row.numel;
+  small_scalars |= row.dtype[0] != DType::f64 && !(to ? to : from)->dim();
+}
+
+void Rows::end() {
+  if (count < rows.size()) drop_from(count);
+  work = rows.empty() ? 0 : ends.back();
+  tiles = rows.empty() ? 0 : firsts.back() + size_t(tiles_of(rows.back()));
+}
+
+void Rows::release() {
+  if (!held.empty()) held.clear(), alive.clear();
+}
+
+void Rows::drop_from(size_t row) {
+  rows.resize(row), made.resize(row), ends.resize(row), firsts.resize(row);
+  moved = true;
+}
+
+// Whether a row needs but its addresses, which are brought up to date.
+C10_ALWAYS_INLINE bool Rows::is_as_before(Row& row, const Made& before, TensorImpl* to, TensorImpl* from) {
+  TensorImpl* const main = to ? to : from;
+  if (main->key_set() != before.keys || main->dtype() != before.dtype || main->numel() != row.numel) return false;
+  if (before.layout >= 0 || !main->is_non_overlapping_and_dense() || main->is_inference()) return false;
+  if (from && from != main && !Alike(main)(from)) return false;
+  const int64_t size = itemsize(row.dtype[0]);
+  void* const written = to ? address_or_null(to, size, true, c10::kCPU) : nullptr;
+  void* const read = from == to ? written : from ? address_or_null(from, size, false, c10::kCPU) : nullptr;
+  if (((to && !written) || (from && !read)) && row.numel) return false;
+  if (written != row.data[0] || read != row.data[1]) row.data[0] = written, row.data[1] = read, moved = true;
+  return true;
+}
+
+void Rows::make_row(TensorImpl* to, TensorImpl* from) {
   TensorImpl* const main = to ? to : from;
   DType dtype;
   const bool gpu = is_plain(main) && main->device_type() == gpu_type;
@@ -29,6 +67,7 @@ void Rows::add(TensorImpl* to, TensorImpl* from) {
   Row row = {};
   row.numel = main->numel();
   row.dtype[0] = row.dtype[1] = dtype;
+  row.scalars = &scalars[int(dtype)];
   Strides strides = {int(main->dim()), main->sizes().data(), {}};
   bool dense = main->is_non_overlapping_and_dense();
   auto take = [&](int k, TensorImpl* t) {
@@ -48,27 +87,41 @@ void Rows::add(TensorImpl* to, TensorImpl* from) {
     for (int d = 0; d < strides.ndim; d++)
       if (to && strides.sizes[d] > 1 && strides.of[0][d] == 0) throw Outside{"a tensor shares memory with itself"};
   }
-  layout_at.push_back(dense || !row.numel ? -1 : layouts.add(strides));
-  if (to) extents.add(extent_of(to, row.data[0], itemsize(dtype), dense, true)), written.push_back(to);
-  if (from && from != to) extents.add(extent_of(from, row.data[1], itemsize(dtype), dense, false)), read.push_back(from);
+  made.push_back({to, from, main->key_set(), main->dtype(), dense || !row.numel ? -1 : layouts.add(strides)});
+  firsts.push_back(rows.empty() ? 0 : firsts.back() + size_t(tiles_of(rows.back())));
+  ends.push_back((rows.empty() ? 0 : ends.back()) + row.numel + row_cost);
   rows.push_back(row);
-  ends.push_back(work += row.numel + row_cost);
-  firsts.push_back(tiles), tiles += size_t(tiles_of(row));
-  dtypes |= 1u << int(dtype), empty_rows |= !row.numel;
-  small_scalars |= !main->dim() && dtype != DType::f64;
 }
 
-void Rows::point_rows() {
-  layouts.finish();
-  for (size_t r = 0; r < rows.size(); r++) rows[r].layout = layouts[layout_at[r]];
+// Whether a tensor that is written shares memory with another.
+bool Rows::overlap() {
+  if (!moved) return overlapping;
+  extents.clear();
+  for (size_t r = 0; r < rows.size(); r++) {
+    TensorImpl *const to = made[r].written, *const from = made[r].read;
+    const int64_t size = itemsize(rows[r].dtype[0]);
+    const bool dense = made[r].layout < 0;
+    if (to) extents.add(extent_of(to, rows[r].data[0], size, dense, true));
+    if (from && from != to) extents.add(extent_of(from, rows[r].data[1], size, dense, false));
+  }
+  moved = false;
+  return overlapping = extents.overlap();
+}
+
+void Rows::bump_versions() {
+  for (const Made& own : made)
+    if (own.written) own.written->bump_version();
 }
 
 // Large work lets other Python threads run meanwhile, which may drop the tensors.
 template <class F> void Rows::without_gil(F f) {
-  point_rows();
+  layouts.finish();
+  for (size_t r = 0; r < rows.size(); r++)
+    if (made[r].layout >= 0) rows[r].layout = layouts[made[r].layout];
   if (work < release_gil) return f();
-  for (const auto* tensors : {&written, &read})
-    for (TensorImpl* t : *tensors) held.push_back(c10::intrusive_ptr<TensorImpl>::reclaim_copy(t)), alive.push_back(t->unsafe_storage());
+  for (const Made& own : made)
+    for (TensorImpl* t : {own.written, own.read})
+      if (t) held.push_back(c10::intrusive_ptr<TensorImpl>::reclaim_copy(t)), alive.push_back(t->unsafe_storage());
   py::gil_scoped_release released;
   f();
 }
@@ -81,24 +134,24 @@ double Rows::norm(Norm norm, const Stages& stages) {
 }
 
 PyObject* Rows::for_gpu(const Answers& answers, double number, Norm norm, double order) {
-  if (extents.overlap()) throw Outside{"tensors on a GPU share memory"};
-  for (TensorImpl* t : written) t->bump_version();
+  if (overlap()) throw Outside{"tensors on a GPU share memory"};
+  bump_versions();
   size_t place;
-  PassImage& image = pass_image(c10::Device(device.type(), index_of(device)), !read.empty() && !written.empty(), place);
+  const Made& first = made.front();
+  PassImage& image = pass_image(c10::Device(device.type(), index_of(device)), first.written && first.read && first.written != first.read, place);
   image.fill(rows);
   return image.answer(answers, place, number, norm, order).release().ptr();
 }
 
-void Rows::run_rows(size_t pass, const AnyScalars (&scalars)[dtype_count]) {
-  for (Row& row : rows) row.algorithm = uint8_t(pass), row.scalars = &scalars[int(row.dtype[0])];
-  for (TensorImpl* t : written) t->bump_version();
-  const bool in_turn = extents.overlap();
+void Rows::run_rows(size_t pass) {
+  const auto algorithm = uint8_t(pass);
+  for (Row& row : rows)
+    if (row.algorithm != algorithm) row.algorithm = algorithm;
+  bump_versions();
+  const bool in_turn = overlap();
   without_gil([&] {
-    if (!in_turn) return share_rows(*isa, rows.data(), ends.data(), rows.size());
-    for (const Row& row : rows) {
-      const int64_t end = row.numel + row_cost;
-      share_rows(*isa, &row, &end, 1);
-    }
+    if (in_turn) share_rows_in_turn(*isa, rows.data(), rows.size());
+    else share_rows(*isa, rows.data(), ends.data(), rows.size());
   });
 }
 
@@ -116,27 +169,24 @@ double rounded_to(DType dtype, double number) {
 
 template <class Pass> void Rows::run(double number) {
   if (rows.empty()) return;
-  AnyScalars scalars[dtype_count];
   for (int d = 0; d < dtype_count; d++) {
     const double own = std::is_same_v<Pass, Clamp> ? rounded_to(DType(d), number) : number;
     if (computes_in_f64(DType(d))) new (&scalars[d]) typename Pass::template Scalars<double>{double(own)};
     else new (&scalars[d]) typename Pass::template Scalars<float>{float(own)};
   }
-  run_rows(pass_at<Pass>, scalars);
+  run_rows(pass_at<Pass>);
 }
 
 void Rows::zero() {
   if (rows.empty()) return;
-  for (TensorImpl* t : written) t->bump_version();
+  bump_versions();
   without_gil([&] {
-    auto zero_share = [&](int64_t begin, int64_t end) {
+    share(work, [&](int64_t begin, int64_t end) {
       for_share(rows.data(), ends.data(), rows.size(), begin, end, line, [&](size_t r, int64_t from, int64_t upto) {
         const int64_t size = itemsize(rows[r].dtype[0]);
         std::memset(static_cast<char*>(rows[r].data[0]) + from * size, 0, size_t((upto - from) * size));
       });
-    };
-    if (work <= grain) zero_share(0, work);
-    else at::parallel_for(0, work, grain, zero_share);
+    });
   });
 }
 
@@ -144,28 +194,40 @@ void Rows::zero() {
 
 namespace {
 
-// The rows of one call, whose memory is that of the calls before.
+// What a function keeps from call to call.
+struct Kept {
+  Rows rows;
+  bool busy = false;
+};
+template <auto function> Kept& kept() {
+  static auto* const made = new Kept();
+  return *made;
+}
+
+// The rows of one call of a function.
 class Call {
  public:
-  explicit Call(const Answers& answers) : answers(answers) {
+  Call(const Answers& answers, Kept& kept) : answers(answers), kept(kept) {
     refuse_modes();
-    if (busy) own = std::make_unique<Rows>();     // another thread is in here, without the GIL
-    else busy = true;
+    if (kept.busy) own = std::make_unique<Rows>();   // another thread is in here, without the GIL
+    else kept.busy = true;
+    rows().begin();
   }
   ~Call() {
-    if (!own) busy = false, kept().clear();
+    if (!own) kept.rows.release(), kept.busy = false;   // what dies may run code that comes back here
   }
-  Rows& rows() { return own ? *own : kept(); }
+  Rows& rows() { return own ? *own : kept.rows; }
 
   // The items of a list or tuple, or a tensor as the only one. Runs no code of the user's.
   template <class F> void for_items(PyObject* object, F f) {
-    if (is_exact(object)) return f(object);
+    if (is_exact(object)) return f(object), rows().end();
     if (!PyList_CheckExact(object) && !PyTuple_CheckExact(object)) throw Outside{"no list of tensors"};
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); i++) {
       PyObject* item = PySequence_Fast_GET_ITEM(object, i);
       if (!is_exact(item)) throw Outside{"a tensor is a subclass"};
       f(item);
     }
+    rows().end();
   }
   // The gradients of parameters.
   template <class F> void for_grads(PyObject* parameters, F f) {
@@ -180,13 +242,9 @@ class Call {
   PyObject* done() const { return Py_NewRef(answers.DONE); }
 
  private:
-  static Rows& kept() {
-    static auto* const rows = new Rows();
-    return *rows;
-  }
-  inline static bool busy = false;
   std::unique_ptr<Rows> own;
   const Answers& answers;
+  Kept& kept;
 };
 
 // What float(object) is. May run code of the user's.
@@ -218,7 +276,7 @@ at::Tensor norm_of_rows(Rows& rows, double order, bool error_if_nonfinite, doubl
 PyObject* clip_grad_norm(const Answers& answers, PyObject* const* args) {
   const double max_norm = as_number(args[1]), order = as_number(args[2]);
   const bool error_if_nonfinite = is_true(args[3]);
-  Call call(answers);
+  Call call(answers, kept<&fastopt::clip_grad_norm>());
   Rows& rows = call.rows();
   call.for_grads(args[0], [&](TensorImpl* grad) { rows.add_both(grad); });
   if (rows.has(DType::f64) && rows.has_small_scalars()) throw Outside{"a gradient without dimensions and a norm of another dtype"};
@@ -233,7 +291,7 @@ PyObject* clip_grad_norm(const Answers& answers, PyObject* const* args) {
 PyObject* total_norm(const Answers& answers, PyObject* const* args) {
   const double order = as_number(args[1]);
   const bool error_if_nonfinite = is_true(args[2]);
-  Call call(answers);
+  Call call(answers, kept<&fastopt::total_norm>());
   Rows& rows = call.rows();
   call.for_items(args[0], [&](PyObject* tensor) { rows.add_read(impl_of(tensor)); });
   if (rows.on_gpu()) return rows.for_gpu(answers, INFINITY, norm_of(order, rows), order);
@@ -243,7 +301,7 @@ PyObject* total_norm(const Answers& answers, PyObject* const* args) {
 
 PyObject* norm(const Answers& answers, PyObject* const* args) {
   const double order = as_number(args[1]);
-  Call call(answers);
+  Call call(answers, kept<&fastopt::norm>());
   Rows& rows = call.rows();
   call.for_items(args[0], [&](PyObject* tensor) { rows.add_read(impl_of(tensor)); });
   if (rows.on_gpu()) throw Outside{"shards on a GPU"};
@@ -253,7 +311,7 @@ PyObject* norm(const Answers& answers, PyObject* const* args) {
 PyObject* search(const Answers& answers, PyObject* const* args) {
   Stages stages;
   stages.factors = 1, stages.factor[0] = as_number(args[1]);
-  Call call(answers);
+  Call call(answers, kept<&fastopt::search>());
   Rows& rows = call.rows();
   call.for_grads(args[0], [&](TensorImpl* grad) { rows.add_read(grad); });
   if (rows.on_gpu()) throw Outside{"gradients on a GPU"};
@@ -266,7 +324,7 @@ PyObject* search(const Answers& answers, PyObject* const* args) {
 
 PyObject* scale(const Answers& answers, PyObject* const* args) {
   const double factor = as_number(args[1]);
-  Call call(answers);
+  Call call(answers, kept<&fastopt::scale>());
   call.for_items(args[0], [&](PyObject* tensor) { call.rows().add_written(impl_of(tensor)); });
   if (call.rows().on_gpu()) throw Outside{"shards on a GPU"};
   if (factor != 1) call.rows().run<Scale>(factor);
@@ -275,7 +333,7 @@ PyObject* scale(const Answers& answers, PyObject* const* args) {
 
 PyObject* scale_grads(const Answers& answers, PyObject* const* args) {
   const double factor = as_number(args[1]);
-  Call call(answers);
+  Call call(answers, kept<&fastopt::scale_grads>());
   call.for_grads(args[0], [&](TensorImpl* grad) { call.rows().add_written(grad); });
   if (args[2] != Py_None) {
     const TensorImpl* norm = impl_of(args[2]);
@@ -293,7 +351,7 @@ PyObject* scale_grads(const Answers& answers, PyObject* const* args) {
 PyObject* clip_grad_value(const Answers& answers, PyObject* const* args) {
   const double limit = as_number(args[1]);
   if (!(limit >= 0)) throw Outside{"a clip_value that is negative or NaN"};
-  Call call(answers);
+  Call call(answers, kept<&fastopt::clip_grad_value>());
   call.for_grads(args[0], [&](TensorImpl* grad) { call.rows().add_written(grad); });
   for (int d = 0; d < dtype_count; d++)
     if (call.rows().has(DType(d)) && std::isinf(rounded_to(DType(d), limit)) && !std::isinf(limit)) throw Outside{"a clip_value that the gradients' dtype does not hold"};
@@ -305,7 +363,7 @@ PyObject* clip_grad_value(const Answers& answers, PyObject* const* args) {
 PyObject* average(const Answers& answers, PyObject* const* args) {
   const double number = as_number(args[2]);
   const bool is_count = is_true(args[3]);
-  Call call(answers);
+  Call call(answers, kept<&fastopt::average>());
   Rows& rows = call.rows();
   if (!PyList_CheckExact(args[1]) && !PyTuple_CheckExact(args[1])) throw Outside{"no list of tensors"};
   Py_ssize_t at = 0;
@@ -326,7 +384,7 @@ PyObject* average(const Answers& answers, PyObject* const* args) {
 
 PyObject* zero_grad(const Answers& answers, PyObject* const* args) {
   const bool set_to_none = is_true(args[1]);
-  Call call(answers);
+  Call call(answers, kept<&fastopt::zero_grad>());
   const py::object groups = attribute(args[0], names::param_groups);
   if (!PyList_Check(groups.ptr())) throw Outside{"param_groups is no list"};
   std::vector<at::Tensor> held;
@@ -355,6 +413,7 @@ PyObject* zero_grad(const Answers& answers, PyObject* const* args) {
       call.rows().add_written(grad.unsafeGetTensorImpl());
     }
   }
+  call.rows().end();
   if (call.rows().on_gpu()) throw Outside{"gradients on a GPU are to be zero"};
   call.rows().zero();
   return call.done();

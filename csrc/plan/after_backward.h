@@ -2,7 +2,7 @@
 //
 // Each function checks all of its tensors before it writes one; but zero_grad, which can be repeated, as it goes. Those that are not for
 // this library make it answer LeftToTorch(reason): torch's own function shall do it. Those of a GPU make it answer GpuPass:
-// fastopt/gpu_passes.py does it. Nothing is kept of the tensors, only the memory of the rows.
+// fastopt/gpu_passes.py does it. Of the tensors nothing is held from call to call, but each function keeps the rows that it made.
 #pragma once
 #include "plan/answer.h"
 #include "plan/tensors.h"
@@ -13,9 +13,20 @@
 namespace fastopt {
 
 // Rows of tensors on the CPU, or on one GPU, and passes over the former. Operand 0 is what a pass writes, operand 1 what it reads.
+//
+// The tensors of a call are compared with the rows of the call before: most often they are the same. That takes less than to make the
+// rows, and memory that is not written stays in the caches of the other cores, which read it.
 class Rows {
  public:
-  void clear();
+  void begin();
+  // A tensor that is read, written, or both at once; or one that is written and another that is read. Throws Outside.
+  void add_read(TensorImpl* t) { add(nullptr, t); }
+  void add_written(TensorImpl* t) { add(t, nullptr); }
+  void add_both(TensorImpl* t) { add(t, t); }
+  void add_pair(TensorImpl* written, TensorImpl* read) { add(written, read); }
+  void end();
+  void release();                                 // what must not outlive the call
+
   bool empty() const { return rows.empty(); }
   bool any_empty() const { return empty_rows; }
   // Whether there is a tensor without dimensions and not of fp64: a product with another one that is, torch makes in fp64.
@@ -27,12 +38,6 @@ class Rows {
   // What fastopt/gpu_passes.py shall do: see PassImage::answer. Throws Outside.
   PyObject* for_gpu(const Answers& answers, double number, Norm norm = Norm::squares, double order = 0);
 
-  // A tensor that is read, written, or both at once; or one that is written and another that is read. Throws Outside.
-  void add_read(TensorImpl* t) { add(nullptr, t); }
-  void add_written(TensorImpl* t) { add(t, nullptr); }
-  void add_both(TensorImpl* t) { add(t, t); }
-  void add_pair(TensorImpl* written, TensorImpl* read) { add(written, read); }
-
   // Of all tensors that are read, as one vector: the sum of magnitudes, the root of the sum of squares, or the largest magnitude.
   double norm(Norm norm, const Stages& stages = {});
   // Runs a pass, whose scalars are made from a number, over all rows.
@@ -40,21 +45,35 @@ class Rows {
   void zero();
 
  private:
+  // What a row was made of.
+  struct Made {
+    TensorImpl *written, *read;                   // of this call; equal if it is both, null if there is none
+    c10::DispatchKeySet keys;
+    caffe2::TypeMeta dtype;
+    int64_t layout;                               // place in `layouts`; -1 if there is none
+  };
   void add(TensorImpl* written, TensorImpl* read);
-  void point_rows();
+  bool is_as_before(Row& row, const Made& made, TensorImpl* written, TensorImpl* read);
+  void make_row(TensorImpl* written, TensorImpl* read);
+  void drop_from(size_t row);
+  bool overlap();
+  void bump_versions();
   template <class F> void without_gil(F f);
-  void run_rows(size_t pass, const AnyScalars (&scalars)[dtype_count]);
+  void run_rows(size_t pass);
 
   Vec<Row> rows;
-  Vec<int64_t> ends, layout_at;
+  Vec<Made> made;                                 // one for one, like the next two
+  Vec<int64_t> ends;
   Vec<size_t> firsts;                             // of the tiles of each row
   Vec<double> numbers;                            // of the tiles
-  Vec<TensorImpl*> written, read;
+  AnyScalars scalars[dtype_count];
   Vec<c10::intrusive_ptr<TensorImpl>> held;       // and their memory, once the GIL was released
   Vec<c10::Storage> alive;
-  Layouts layouts;
+  Layouts layouts;                                // rows with one are made anew at each call
   Extents extents;
   c10::Device device = c10::kCPU;                 // of all
+  size_t count = 0;                               // of the tensors of this call so far
+  bool moved = true, overlapping = false;         // whether memory has changed since it was known whether it overlaps
   int64_t work = 0;
   size_t tiles = 0;
   unsigned dtypes = 0;

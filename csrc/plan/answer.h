@@ -4,6 +4,8 @@
 //   Launches(launches)      done on the CPU; fastopt/gpu.py uploads and launches these
 //   Wants(wants)            kernels or buffers are wanted first (nothing was written; set_buffer, call again)
 //   Missing(params)         these (group, param) want their state made first (nothing was written; call again)
+//   Shards(params)          some of these are DTensors, so that the norm is of several processes: norm_of() has what is here (nothing
+//                           was written; call again with the norm)
 //   GpuPass(...)            a pass over GPU tensors is left for fastopt/gpu_passes.py (nothing was written)
 //   LeftToTorch(reason)     not for this library: torch's own step, or function, shall run (nothing was written)
 #pragma once
@@ -44,11 +46,12 @@ struct Answers {
   AnswerType launches{"fastopt._C.Launches", "done on the CPU; these are left for the GPU", {"launches"}};
   AnswerType wants{"fastopt._C.Wants", "kernels or buffers to make before the next call", {"wants"}};
   AnswerType missing{"fastopt._C.Missing", "(group, param) pairs whose state is to be made before the next call", {"params"}};
+  AnswerType shards{"fastopt._C.Shards", "parameters whose norm is of several processes", {"params"}};
   AnswerType left_to_torch{"fastopt._C.LeftToTorch", "why torch's own step, or function, shall run", {"reason"}};
   AnswerType launch{"fastopt._C.Launch", "an image to upload and launch; places and sizes in words of 8 bytes",
                     {"image", "programs", "table_at", "scalars_at", "changed_from", "changed_to", "address", "prepared", "hypers_at"}};
   AnswerType want{"fastopt._C.Want", "an image without a kernel or with too small a buffer",
-                  {"image", "device", "used", "param", "state", "capturable", "words"}};
+                  {"image", "device", "used", "param", "state", "capturable", "averages", "words"}};
   AnswerType gpu_pass{"fastopt._C.GpuPass", "an image to upload and passes to launch; places and sizes in words of 8 bytes",
                       {"image", "device", "parts", "programs", "table_at", "words", "changed_from", "changed_to", "version", "address",
                        "number", "norm", "order"}};

@@ -107,7 +107,7 @@ const char* set_isa(const std::string& name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastopt;
   answers = new Answers();
-  for (const AnswerType* type : {&answers->done, &answers->launches, &answers->wants, &answers->missing, &answers->left_to_torch,
+  for (const AnswerType* type : {&answers->done, &answers->launches, &answers->wants, &answers->missing, &answers->shards, &answers->left_to_torch,
                                  &answers->launch, &answers->want, &answers->gpu_pass, &answers->gpu_part}) {
     const py::handle type_object = reinterpret_cast<PyObject*>(type->type);
     m.attr(type_object.attr("__name__")) = type_object;
@@ -136,6 +136,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     plan_in(plan_of(optimizer.ptr())).set_buffer(image, words, address);
   });
   m.def("take_back", [](py::object optimizer, size_t image) { plan_in(plan_of(optimizer.ptr())).take_back(image); });
+  m.def("norm_of", [](py::object optimizer, const std::vector<size_t>& places) { return plan_in(plan_of(optimizer.ptr())).norm_of(places); });
   m.def("without_gradient", [](py::object optimizer) { return plan_in(plan_of(optimizer.ptr())).without_gradient(); });
   m.def("grad_norm", [](py::object optimizer) {
     at::Tensor norm = plan_in(plan_of(optimizer.ptr())).grad_norm();

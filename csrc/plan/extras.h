@@ -1,6 +1,6 @@
 // What a step shall do beside torch's: fastopt/extras.py's Extras, as numbers.
 #pragma once
-#include "plan/python.h"
+#include "plan/tensors.h"
 #include "step/rows.h"
 
 namespace fastopt {
@@ -9,6 +9,7 @@ constexpr unsigned draws_bit = 1u << max_state;   // a seed and a step count, fo
 
 struct Extras {
   bool clips = false, error_if_nonfinite = false, unscales = false, norm_known = false, averages = false, masters = false, draws = false;
+  bool on_gpu = false;                            // whether the scale or the norm is a tensor on a GPU: no number then that is known here
   double max_norm = 0, inverse_scale = 1, norm = 0, ema_decay = 0;
 
   Extras() = default;
@@ -19,6 +20,7 @@ struct Extras {
     auto number = [&](Py_ssize_t at, double& value) {
       PyObject* item = PyTuple_GET_ITEM(tuple, at);
       if (item == Py_None) return false;
+      if (is_exact(item) && impl_of(item)->device_type() == gpu_type) return on_gpu = true;
       value = PyFloat_AsDouble(item);
       if (value == -1 && PyErr_Occurred()) throw python_error();
       return true;

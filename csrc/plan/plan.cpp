@@ -19,14 +19,17 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, con
     ~Call() { plan.alive.clear(), plan.walk.release(), plan.busy = false; }   // what dies may run code that comes back here
   } call(*this);
 
-  const bool comparing = kept && !fresh;
-  kept = done = false;                            // until this step is done
+  const bool again = waiting && extras.norm_known;
+  const bool comparing = kept && !fresh && again == waiting;
+  kept = done = waiting = false;                  // until this step is done
   bool as_before = false, in_turn = false;
   try {
     ask_class(self);
-    as_before = comparing && walk.compare(self, extras.state());
-    if (!as_before) in_turn = check(self, fresh, extras.state());
-    if (extras.scales() && !walk.has_all_gradients()) throw Outside{"a norm of gradients on a GPU or in DTensors"};
+    as_before = comparing && walk.compare(self, extras.state(), again);
+    if (!as_before) in_turn = check(self, fresh, extras);
+    if (extras.scales() && !walk.gpu.rows.empty() && (!walk.cpu.rows.empty() || walk.any_dtensor))
+      throw Outside{"a norm of gradients on CPU and GPU, or of DTensors on a GPU"};
+    if (extras.on_gpu && !walk.cpu.rows.empty()) throw Outside{"a scale or a norm on a GPU, of gradients that are not"};
   } catch (const Outside& outside) {
     return answers.left_to_torch({PyUnicode_FromString(outside.reason)});
   }
@@ -36,13 +39,22 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, con
     walk.images.lay_out(walk.gpu.rows, walk.gpu.placed);
     if (py::object wanted = wants(answers)) return wanted;
   }
-  const Stages stages = read_gradients(extras);
+  Stages stages = factors(extras);
+  norm = walk.gpu.rows.empty() ? norm : Norm();   // fastopt/gpu.py's
+  if (extras.clips && walk.gpu.rows.empty()) {
+    if (!extras.norm_known) read_gradients(stages);
+    if (!extras.norm_known && walk.any_dtensor) {
+      kept = walk.comparable && !in_turn, waiting = true;
+      return shards(answers);
+    }
+    clip(extras, stages);
+  }
   if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();   // from here on, it is written
   walk.bump_dtensors();
   if (!walk.gpu.rows.empty()) fill_images(fit), count_steps(walk.gpu, as_before);   // first: rows of the CPU may run without the GIL
   if (!walk.cpu.rows.empty()) count_steps(walk.cpu, as_before), run_rows(in_turn, stages);
   kept = walk.comparable && !in_turn, done = true;
-  return walk.gpu.rows.empty() ? py::reinterpret_borrow<py::object>(answers.DONE) : launches(answers);
+  return walk.gpu.rows.empty() ? py::reinterpret_borrow<py::object>(answers.DONE) : launches(extras, answers);
 }
 
 // A class that replaces a part of torch's step, or adds to it, is not for this library.
@@ -58,46 +70,65 @@ void Plan::ask_class(PyObject* self) {
 }
 
 // Everything anew. Whether the rows must be stepped in turn, since parameters share memory.
-bool Plan::check(PyObject* self, PyObject* fresh, unsigned extra_state) {
-  walk.check(self, fresh, extra_state, !temporary);
+bool Plan::check(PyObject* self, PyObject* fresh, const Extras& extras) {
+  if (extras.clips) attribute(attribute(self, names::options).ptr(), names::refuse_parts)(py::handle(self));
+  walk.check(self, fresh, extras.state(), !temporary);
+  if (extras.clips && temporary && walk.any_dtensor) throw Outside{"two threads step DTensors of one optimizer"};
   if (walk.missing) return false;
   const bool in_turn = walk.extents.overlap();
   if (in_turn && !walk.gpu.rows.empty()) throw Outside{"on a GPU, parameters share memory"};
   if (in_turn && walk.any_fresh()) throw Outside{"parameters share memory at their first step"};
   if (in_turn) count_repeated_steps();
-  point_rows(in_turn);
+  point_rows();
   return in_turn;
 }
 
-// The gradient pass, after all checks and before anything is written: one read of all gradients, if a norm is wanted. What there is to
-// do beside the update.
-Stages Plan::read_gradients(const Extras& extras) {
+// What there is to do beside the update; clipping is added where the norm is known.
+Stages Plan::factors(const Extras& extras) const {
   Stages stages;
   stages.averages = extras.averages, stages.average_weight = 1 - extras.ema_decay, stages.draws = extras.draws;
   if (extras.unscales) stages.factor[stages.factors++] = extras.inverse_scale;
-  if (!extras.clips) return stages;
+  return stages;
+}
+
+// The gradient pass, after all checks and before anything is written: one read of all gradients.
+void Plan::read_gradients(const Stages& stages) {
   const Vec<Row>& rows = walk.cpu.rows;
-  firsts.clear(), read_ends.clear();
+  firsts.clear();
   size_t count = 0;
-  int64_t work = 0;
+  for (const Row& row : rows) firsts.push_back(count), count += size_t(tiles_of(row));
+  tiles.resize(count);
+  if (count) share_reading(*isa, fastopt::Norm::squares, rows.data(), ends.data(), firsts.data(), rows.size(), tiles.data(), stages);
+}
+
+void Plan::clip(const Extras& extras, Stages& stages) {
+  double value = extras.norm_known ? extras.norm : total(fastopt::Norm::squares, tiles);
   bool f64 = false;
-  for (const Row& row : rows) {
-    firsts.push_back(count), count += size_t(tiles_of(row));
-    read_ends.push_back(work += row.numel + row_cost);
-    f64 |= row.dtype[1] == DType::f64;
-  }
-  double value = extras.norm;
-  if (!extras.norm_known) {
-    tiles.resize(count);
-    if (count) share_reading(*isa, fastopt::Norm::squares, rows.data(), read_ends.data(), firsts.data(), rows.size(), tiles.data(), stages);
-    value = total(fastopt::Norm::squares, tiles);
-  }
+  for (const Row& row : walk.cpu.rows) f64 |= row.dtype[1] == DType::f64;
   if (!f64) value = float(value);
   if (extras.error_if_nonfinite && !std::isfinite(value)) raise_nonfinite(2);
   norm = {true, f64, value};
   const double coefficient = clip_coefficient(extras.max_norm, value, f64);
   if (coefficient != 1) stages.factor[stages.factors++] = coefficient;
-  return stages;
+}
+
+py::object Plan::shards(const Answers& answers) const {
+  py::list params;
+  walk.for_each([&](PyObject* param, int64_t) { params.append(py::handle(param)); });
+  return answers.shards({params.release().ptr()});
+}
+
+double Plan::norm_of(const std::vector<size_t>& places) const {
+  std::vector<int64_t> rows;                      // of all parameters
+  walk.for_each([&](PyObject*, int64_t row) { rows.push_back(row); });
+  double squares = 0;
+  for (const size_t place : places) {
+    const int64_t row = rows.at(place);
+    if (row < 0) continue;
+    const size_t next = size_t(row) + 1, end = next < firsts.size() ? firsts[next] : tiles.size();
+    for (size_t i = firsts[size_t(row)]; i < end; i++) squares += tiles[i];
+  }
+  return std::sqrt(squares);
 }
 
 // A parameter listed twice is stepped twice: its second row is one step further.
@@ -115,7 +146,7 @@ void Plan::count_repeated_steps() {
 }
 
 // What the rows of the CPU need to be run.
-void Plan::point_rows(bool in_turn) {
+void Plan::point_rows() {
   ends.clear();
   int64_t work = 0;
   for (size_t r = 0; r < walk.cpu.rows.size(); r++) {
@@ -124,7 +155,7 @@ void Plan::point_rows(bool in_turn) {
     row.layout = walk.layouts[place.layout];
     row.scalars = &walk.options.scalars()[place.scalars];
     work += row.numel + row_cost;
-    ends.push_back(in_turn ? row.numel + row_cost : work);
+    ends.push_back(work);
   }
 }
 
@@ -151,8 +182,8 @@ void Plan::count_steps(const Batch& batch, bool as_before) {
 void Plan::run_rows(bool in_turn, const Stages& stages) {
   const Vec<Row>& rows = walk.cpu.rows;
   auto run_all = [&] {
-    if (!in_turn) return share_rows(*isa, rows.data(), ends.data(), rows.size(), stages);
-    for (size_t r = 0; r < rows.size(); r++) share_rows(*isa, &rows[r], &ends[r], 1, stages);
+    if (in_turn) share_rows_in_turn(*isa, rows.data(), rows.size(), stages);
+    else share_rows(*isa, rows.data(), ends.data(), rows.size(), stages);
   };
   if (walk.work < release_gil) return run_all();
   for (const Written& w : walk.cpu.written) {     // other threads may drop them meanwhile
@@ -185,19 +216,19 @@ py::object Plan::wants(const Answers& answers) {
     if (image.wants_buffer())
       wants.append(answers.want({PyLong_FromSize_t(place), PyLong_FromLong(kernel.device), PyLong_FromLong(long(kernel.used)),
                                  PyLong_FromLong(int(kernel.param)), PyLong_FromLong(int(kernel.state)), PyBool_FromLong(kernel.capturable),
-                                 PyLong_FromLongLong(image.needed)}));
+                                 PyBool_FromLong(kernel.averages), PyLong_FromLongLong(image.needed)}));
     place++;
   }
   if (wants.empty()) return py::object();
   return answers.wants({PyList_AsTuple(wants.ptr())});
 }
 
-py::object Plan::launches(const Answers& answers) {
+py::object Plan::launches(const Extras& extras, const Answers& answers) {
   py::list launches;
   size_t place = 0;
   for (const Image& image : walk.images) {
     const int64_t prepared = image.kernel.capturable ? image.rows : 0;
-    if (image.programs || prepared)
+    if (image.programs || prepared || (extras.clips && image.rows))   // without elements there is a norm all the same
       launches.append(answers.launch({PyLong_FromSize_t(place), PyLong_FromLongLong(image.programs), PyLong_FromLongLong(image.table_at),
                                       PyLong_FromLongLong(image.scalars_at), PyLong_FromLongLong(image.changed_from),
                                       PyLong_FromLongLong(image.changed_to), PyLong_FromVoidPtr(const_cast<int64_t*>(image.words.data())),

@@ -13,8 +13,10 @@ class Plan {
   // One step of the optimizer; `fresh`: a list with the parameters whose slots were made for it, emptied before anything is written, or
   // null.
   py::object step(PyObject* self, PyObject* fresh, const Extras& extras, const Answers& answers);
-  // The norm of all gradients at the last step that clipped, before clipping; undefined if there was none.
+  // The norm of all gradients at the last step that clipped, before clipping; undefined if there was none, or on a GPU.
   at::Tensor grad_norm() const { return norm.known ? scalar_tensor(norm.value, norm.f64) : at::Tensor(); }
+  // After an answer Shards: the norm of the gradients that are here of some of its parameters, which `places` names.
+  double norm_of(const std::vector<size_t>& places) const;
   // The parameters that the last step left out, or nothing if it was not done.
   py::list without_gradient() const;
   // A buffer on the device was made for an image.
@@ -24,15 +26,18 @@ class Plan {
 
  private:
   void ask_class(PyObject* self);
-  bool check(PyObject* self, PyObject* fresh, unsigned extra_state);
-  Stages read_gradients(const Extras& extras);
+  bool check(PyObject* self, PyObject* fresh, const Extras& extras);
+  Stages factors(const Extras& extras) const;
+  void read_gradients(const Stages& stages);
+  void clip(const Extras& extras, Stages& stages);
+  py::object shards(const Answers& answers) const;
   void count_repeated_steps();
   void count_steps(const Batch& batch, bool as_before);
-  void point_rows(bool in_turn);
+  void point_rows();
   void run_rows(bool in_turn, const Stages& stages);
   void fill_images(bool fit);
   py::object wants(const Answers& answers);
-  py::object launches(const Answers& answers);
+  py::object launches(const Extras& extras, const Answers& answers);
 
   const Algorithm& algorithm;
   Walk walk;
@@ -44,12 +49,12 @@ class Plan {
   bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
   bool done = false;                              // whether the last step was
   bool kept = false;                              // whether what the walk saw is there to be compared
+  bool waiting = false;                           // for the norm of all processes: the last answer was Shards
   struct Norm {
     bool known = false, f64;
     double value;
   } norm;
   Vec<size_t> firsts;                             // of the gradient pass: where the tiles of each CPU row begin,
-  Vec<int64_t> read_ends;                         // and its work ends, also where rows are stepped in turn,
   Vec<double> tiles;                              // and the number that it left of each tile
   Vec<c10::Storage> alive;                        // of a step that runs without the GIL
   Vec<c10::Storage> counted;                      // the step counts that take_back may have to write

@@ -27,7 +27,8 @@ inline PyObject *const param_groups = interned("param_groups"), *const params = 
                 *const torch_function = interned("__torch_function__"), *const mesh = interned("mesh"), *const placements = interned("placements"),
                 *const ema = interned("ema"), *const remainder = interned("remainder"), *const master = interned("master"),
                 *const rounding_seed = interned("rounding_seed"), *const get_coordinate = interned("get_coordinate"),
-                *const size = interned("size"), *const is_replicate = interned("is_replicate");
+                *const size = interned("size"), *const is_replicate = interned("is_replicate"),
+                *const options = interned("_fastopt_options"), *const refuse_parts = interned("refuse_parts");
 }
 
 // May run code of the user's.

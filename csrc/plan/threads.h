@@ -19,19 +19,25 @@ template <class F> void share_params(int64_t work, size_t count, F f) {
   at::parallel_for(0, int64_t(count), params_grain, [&](int64_t begin, int64_t end) { f(size_t(begin), size_t(end)); });
 }
 
-// The rows, each with its update; or the reading pass over them (see step/isa.h).
+// Calls f(begin, end) for shares of some work.
+template <class F> void share(int64_t work, F f) {
+  if (work <= grain) f(int64_t(0), work);
+  else at::parallel_for(0, work, grain, f);
+}
+
+// The rows, each with its update; the same where rows share memory, one after the other; or the reading pass over them (see step/isa.h).
 inline void share_rows(const Isa& isa, const Row* rows, const int64_t* ends, size_t count, const Stages& stages = {}) {
-  const int64_t total = ends[count - 1];
-  auto run_share = [&](int64_t begin, int64_t end) { run(isa, rows, ends, count, begin, end, stages); };
-  if (total <= grain) run_share(0, total);
-  else at::parallel_for(0, total, grain, run_share);
+  share(ends[count - 1], [&](int64_t begin, int64_t end) { run(isa, rows, ends, count, begin, end, stages); });
+}
+inline void share_rows_in_turn(const Isa& isa, const Row* rows, size_t count, const Stages& stages = {}) {
+  for (const Row* row = rows; row < rows + count; row++) {
+    const int64_t end = row->numel + row_cost;
+    share_rows(isa, row, &end, 1, stages);
+  }
 }
 inline void share_reading(const Isa& isa, Norm norm, const Row* rows, const int64_t* ends, const size_t* firsts, size_t count, double* tiles,
                           const Stages& stages = {}) {
-  const int64_t total = ends[count - 1];
-  auto read_share = [&](int64_t begin, int64_t end) { read(isa, norm, rows, ends, firsts, count, begin, end, tiles, stages); };
-  if (total <= grain) read_share(0, total);
-  else at::parallel_for(0, total, grain, read_share);
+  share(ends[count - 1], [&](int64_t begin, int64_t end) { read(isa, norm, rows, ends, firsts, count, begin, end, tiles, stages); });
 }
 
 }  // namespace fastopt

@@ -26,7 +26,7 @@ void Walk::check(PyObject* self, PyObject* fresh, unsigned extra_state, bool gpu
   layouts.finish();
 }
 
-bool Walk::compare(PyObject* self, unsigned extra_state) {
+bool Walk::compare(PyObject* self, unsigned extra_state, bool again) {
   if (seen_gpu_type != gpu_type || extra != extra_state) return false;
   refuse_modes();
   const py::object groups_object = attribute(self, names::param_groups), state_object = attribute(self, names::state);
@@ -35,24 +35,28 @@ bool Walk::compare(PyObject* self, unsigned extra_state) {
   if (state_object.ptr() != state || !is_dict(state) || !has_version(state, state_version)) return false;
   states_changed = !state_changes_seen || state_changes_seen != state_changes();
   state_changes_seen = state_changes();
-  moved = regrouped = false;
+  const bool regrouped_before = again && regrouped;
+  if (!again) moved = false;
+  regrouped = false;
   for (size_t g = 0; g < seen_groups.size(); g++)
     if (!compare_group(PyList_GET_ITEM(param_groups, Py_ssize_t(g)), seen_groups[g])) return false;
+  if (again && regrouped) return false;           // the scalars are of other numbers
+  regrouped |= regrouped_before;
   std::atomic<bool> same{true};
   auto compare_share = [&](size_t begin, size_t end) {
-    if (!compare_params(begin, end)) same = false;
+    if (!compare_params(begin, end, again ? 0 : 1)) same = false;
   };
   if (specs.empty()) share_params(work, seen.size(), compare_share);
   else compare_share(0, seen.size());             // a gradient's Python object is asked for with the GIL
   if (!same || (moved && extents.overlap())) return false;
-  options.advance();
+  if (!again) options.advance();
   return true;
 }
 
 void Walk::clear() {
   options.clear(), cpu.clear(), gpu.clear(), layouts.clear(), extents.clear();
   seen_groups.clear(), seen.clear(), specs.clear(), found.clear();
-  comparable = false, work = 0;
+  comparable = any_dtensor = false, work = 0;
 }
 
 void Walk::release() {

@@ -44,8 +44,8 @@ class Walk {
   // that it takes beside the algorithm's slots, Extras::state(). Raises, or throws Outside.
   void check(PyObject* self, PyObject* fresh, unsigned extra, bool gpu_allowed);
   // Whether everything is as `check` saw it, but for numbers and addresses, which are brought up to date. Once it has the
-  // containers it runs no code of the user's, so what dicts hold stays alive.
-  bool compare(PyObject* self, unsigned extra);
+  // containers it runs no code of the user's, so what dicts hold stays alive. `again`: in the same step, of which nothing is written yet.
+  bool compare(PyObject* self, unsigned extra, bool again);
   // What must not outlive the call.
   void release();
   // Tells autograd that DTensors change, of which the rows have the local tensors.
@@ -54,8 +54,10 @@ class Walk {
     for (const SeenParam& own : seen)
       if (!own.has_grad) f(own.object);
   }
-  // Whether the rows of the CPU have all gradients, whole.
-  bool has_all_gradients() const { return gpu.rows.empty() && specs.empty(); }
+  // Each parameter, in their order, with its row of the CPU or -1.
+  template <class F> void for_each(F f) const {
+    for (const SeenParam& own : seen) f(own.object, own.has_grad && !own.on_gpu ? int64_t(own.row) : -1);
+  }
   // Whether state was made for this step, of an algorithm without step count.
   bool any_fresh() const { return !fresh_params.empty(); }
 
@@ -72,6 +74,7 @@ class Walk {
   int64_t work = 0;                               // of all CPU rows
   std::atomic<bool> moved{false};                 // of a step like the one before: whether some row has
   bool regrouped = false;                         // whether the numbers of some group were read again
+  bool any_dtensor = false;                       // among the parameters, those without gradient too: these are alike in all processes
 
  private:
   struct SeenGroup {
@@ -118,8 +121,8 @@ class Walk {
   void check_param(SeenParam& seen, const Found& found, bool gpu_allowed);
   DType check_state(const SeenParam& seen, const Found& found, int k, DType param_dtype) const;
   bool check_count(SeenParam& seen, const Found& found, Batch& batch, bool capturable);
-  bool compare_params(size_t begin, size_t end);
-  bool compare_param(PyObject* object, SeenParam& seen);
+  bool compare_params(size_t begin, size_t end, int steps);
+  bool compare_param(PyObject* object, SeenParam& seen, int steps);
   void prefetch(const SeenParam& seen) const;
 
   void add_missing(const SeenParam& seen, const Found& found);

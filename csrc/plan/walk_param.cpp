@@ -58,7 +58,7 @@ void Walk::read_param(PyObject* object, Where where, SeenGroup& group, Reader& s
   SeenParam& own = seen.emplace_back();
   Found& f = found.back();
   own.object = object, own.type = Py_TYPE(object), own.specs = -1, f.where = where;
-  f.is_dtensor = !exact && DTensors::is(object);
+  f.is_dtensor = !exact && DTensors::is(object), any_dtensor |= f.is_dtensor;
   try {
     if (!exact && !f.is_dtensor && has_own_grad(object)) throw Outside{"a parameter is of a class with a grad of its own"};
     comparable &= exact || f.is_dtensor;
@@ -212,7 +212,8 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
     work += row.numel + row_cost;
     return;
   }
-  if (wanted >> average_slot & 1) throw Outside{"on a GPU, an average"};
+  const bool averages = wanted >> average_slot & 1;
+  if (averages && row.dtype[2 + average_slot] != (computes_in_f64(dtype) ? DType::f64 : DType::f32)) throw Outside{"on a GPU, a running average of 16 bits"};
   if (wanted >> companion_slot) throw Outside{"on a GPU, master_weights or stochastic_rounding"};
   if (layout >= 0) throw Outside{"on a GPU, a parameter, its gradient and state differ in strides"};
   const c10::DeviceIndex hypers_on = options[f.group].device;
@@ -224,7 +225,7 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
     if (!first && row.dtype[2 + k] != state_dtype) throw Outside{"on a GPU, the state tensors of a parameter differ in dtype"};
     state_dtype = row.dtype[2 + k], first = 0;
   }
-  place.image = images.find({index_of(device), used, dtype, state_dtype, capturable});
+  place.image = images.find({index_of(device), used, dtype, state_dtype, capturable, averages});
 }
 
 DType Walk::check_state(const SeenParam& own, const Found& f, int k, DType param_dtype) const {
@@ -301,7 +302,7 @@ C10_ALWAYS_INLINE void Walk::prefetch(const SeenParam& own) const {
   for (PyObject* object : own.state) __builtin_prefetch(object);
 }
 
-bool Walk::compare_params(size_t begin, size_t end) {
+bool Walk::compare_params(size_t begin, size_t end, int steps) {
   if (begin == end) return true;
   auto begins_behind = [](size_t at, const SeenGroup& group) { return at < group.first; };
   auto group = std::upper_bound(seen_groups.begin(), seen_groups.end(), begin, begins_behind) - 1;
@@ -309,13 +310,14 @@ bool Walk::compare_params(size_t begin, size_t end) {
     PyObject** const params = PySequence_Fast_ITEMS(group->params);
     for (const size_t upto = std::min(end, group->first + size_t(group->count)); at < upto; at++) {
       if (at + fetched_ahead < end) prefetch(seen[at + fetched_ahead]);
-      if (!compare_param(params[at - group->first], seen[at])) return false;
+      if (!compare_param(params[at - group->first], seen[at], steps)) return false;
     }
   }
   return true;
 }
 
-C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own) {
+// `steps`: by how many the count has risen since.
+C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own, int steps) {
   if (object != own.object || Py_TYPE(object) != own.type) return false;
   TensorImpl* param = impl_of(object);
   const at::Tensor& grad_tensor = param->grad();
@@ -327,7 +329,7 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own) {
   Written& w = batch.written[own.row];
   const Specs* const spec = own.specs < 0 ? nullptr : &specs[size_t(own.specs)];
   // The tensor that an object is or, if it is a DTensor placed as before, its local tensor; else null.
-  auto unpack = [&](PyObject* tensor, int k) -> TensorImpl* {
+  auto unpack = [&](PyObject* tensor, int k) C10_ALWAYS_INLINE_ATTRIBUTE -> TensorImpl* {
     if (!spec) return is_exact(tensor) ? impl_of(tensor) : nullptr;
     return DTensors::is(tensor) && DTensors::spec(tensor) == (*spec)[size_t(k)].ptr() ? DTensors::local(tensor) : nullptr;
   };
@@ -342,7 +344,7 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own) {
   if (!param->is_non_overlapping_and_dense() || !is_alike(grad, own.grad_dtype)) return false;
 
   bool differs = false;                           // an address
-  auto read_address = [&](int k, const TensorImpl* t) {
+  auto read_address = [&](int k, const TensorImpl* t) C10_ALWAYS_INLINE_ATTRIBUTE {
     void* data = address_or_null(t, itemsize(row.dtype[k]), k != 1, own.device);
     differs |= row.data[k] != data;
     row.data[k] = data;
@@ -367,7 +369,7 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own) {
       if (on_host) {
         w.count = count;
         const double t = next_count(w);
-        if (t != w.t + 1) return false;
+        if (t != w.t + steps) return false;
         w.t = t, row.draws.step = uint64_t(t);
       } else {
         const int64_t address = reinterpret_cast<int64_t>(count) + !w.count_f64;

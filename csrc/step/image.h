@@ -17,10 +17,8 @@ struct Kernel {
   int device;
   unsigned used;
   DType param, state;
-  bool capturable;
-  bool operator==(const Kernel& other) const {
-    return device == other.device && used == other.used && param == other.param && state == other.state && capturable == other.capturable;
-  }
+  bool capturable, averages;              // averages: the table has a column for the parameters' running averages
+  bool operator==(const Kernel& other) const = default;
 };
 
 // The hyper-parameters of a param group: numbers, or addresses of numbers on the device (0: there is none).
@@ -99,7 +97,7 @@ class Images {
       }
       const bool capturable = image.kernel.capturable;
       image.table_at = image.programs;
-      image.hypers_at = image.table_at + image.rows * (4 + slots);
+      image.hypers_at = image.table_at + image.rows * columns(image);
       image.numbers_at = image.hypers_at + (capturable ? image.rows * (1 + numbers) : 0);
       image.scalars_at = image.numbers_at + (capturable ? image.groups * numbers : 0);
       const int64_t scalar_words = (image.scalar_rows * scalar_bytes(image) + 7) / 8;
@@ -129,7 +127,7 @@ class Images {
       Image& image = images[place.image];
       const int64_t row = image.filled++;
       const bool entered = enter(image, place);
-      place.table_at = image.table_at + row * (4 + slots);
+      place.table_at = image.table_at + row * columns(image);
       place.hypers_at = image.hypers_at + row * (1 + numbers);
       place.numbers_at = image.numbers_at + (image.groups - 1) * numbers;
       if (entered && !image.kernel.capturable) image.scalars.push_back(place.scalars), put_scalars(image, image.scalars.size() - 1, all_scalars);
@@ -152,6 +150,7 @@ class Images {
   }
 
  private:
+  int64_t columns(const Image& image) const { return 4 + slots + image.kernel.averages; }
   int64_t scalar_bytes(const Image& image) const { return int64_t(scalars) * (computes_in_f64(image.kernel.param) ? 8 : 4); }
 
   static void start(Image& image) { image.filled = image.scalar_rows = image.groups = 0, image.last_scalars = image.last_group = -1; }
@@ -172,6 +171,7 @@ class Images {
 
   void put_addresses(Image& image, const Row& row, const Placed& place, const Vec<Hypers>& groups) const {
     for (int k = 0; k < 2 + slots; k++) put(image, place.table_at + 2 + k, reinterpret_cast<int64_t>(row.data[k]));
+    if (image.kernel.averages) put(image, place.table_at + 4 + slots, reinterpret_cast<int64_t>(row.data[2 + average_slot]));
     if (!image.kernel.capturable) return;
     const Hypers& hypers = groups[place.group];
     put(image, place.hypers_at, place.count_address);

@@ -19,7 +19,11 @@ typedef float Singles __attribute__((vector_size(wide / 2)));
 
 template <class To, class From> inline To bits_as(const From& from) { To to; std::memcpy(&to, &from, sizeof to); return to; }
 inline Doubles doubles(const double* from) { Doubles v; std::memcpy(&v, from, sizeof v); return v; }
+#if defined(FASTOPT_VECTOR_BYTES)
+inline Doubles doubles(const float* from) { Singles v; std::memcpy(&v, from, sizeof v); return Doubles(to_doubles(v)); }
+#else
 inline Doubles doubles(const float* from) { Singles v; std::memcpy(&v, from, sizeof v); return __builtin_convertvector(v, Doubles); }
+#endif
 
 // V is double or Doubles, and I the integers of its size. Of magnitudes, which have no sign, the bits are in the order of the numbers, NaN
 // being larger than all: so NaN wins, in whatever order.
@@ -44,14 +48,19 @@ template <Norm norm> class Lanes {
     std::memcpy(lane, rest, sizeof rest);
   }
   double result() const {
-    double a[tile_lanes];
-    std::memcpy(a, lane, sizeof a);
-    for (int width = tile_lanes / 2; width; width /= 2)
-      for (int j = 0; j < width; j++) a[j] = norm == Norm::largest ? include<norm, int64_t>(a[j], a[j + width]) : a[j] + a[j + width];
-    return a[0];
+    Doubles sums[vectors];
+    std::memcpy(sums, lane, sizeof sums);
+    for (int width = vectors / 2; width; width /= 2)
+      for (int k = 0; k < width; k++) sums[k] = joined<Integers>(sums[k], sums[k + width]);
+    double last[together];
+    std::memcpy(last, sums, sizeof last);
+    for (int width = together / 2; width; width /= 2)
+      for (int j = 0; j < width; j++) last[j] = joined<int64_t>(last[j], last[j + width]);
+    return last[0];
   }
 
  private:
+  template <class I, class V> static inline V joined(V a, V b) { return norm == Norm::largest ? include<norm, I>(a, b) : a + b; }
   Doubles lane[vectors] = {};
 };
 

@@ -29,6 +29,7 @@ inline Halves to_half(Vector a) { return Halves(_mm512_maskz_cvtps_ph(every, a, 
 inline Bits zero_extended(Halves a) { return Bits(_mm512_maskz_cvtepu16_epi32(every, __m256i(a))); }
 inline Bits sign_extended(Halves a) { return Bits(_mm512_maskz_cvtepi16_epi32(every, __m256i(a))); }
 inline Wides product(Wides a, uint32_t b) { return Wides(_mm512_maskz_mul_epu32(0xff, __m512i(a), _mm512_set1_epi64(b))); }
+inline __m512d to_doubles(__m256 a) { return _mm512_maskz_cvtps_pd(0xff, a); }
 inline Bits plus_bit_16(Bits a, Bits of) {
   return Bits(_mm512_mask_add_epi32(__m512i(a), _mm512_test_epi32_mask(__m512i(of), _mm512_set1_epi32(1 << 16)), __m512i(a), _mm512_set1_epi32(1)));
 }
@@ -43,6 +44,7 @@ inline Halves to_half(Vector a) { return Halves(_mm256_cvtps_ph(a, _MM_FROUND_TO
 inline Bits zero_extended(Halves a) { return Bits(_mm256_cvtepu16_epi32(__m128i(a))); }
 inline Bits sign_extended(Halves a) { return Bits(_mm256_cvtepi16_epi32(__m128i(a))); }
 inline Wides product(Wides a, uint32_t b) { return Wides(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi64x(b))); }
+inline __m256d to_doubles(__m128 a) { return _mm256_cvtps_pd(a); }
 inline Bits plus_bit_16(Bits a, Bits of) { return a + (of >> 16 & 1); }
 #endif
 
