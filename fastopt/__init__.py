@@ -20,6 +20,7 @@ from .backends import _C as _C  # the extension that fits this torch, or None
 from .backends import backend_info
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .grad_scaler import GradScaler
+from .masters import fp32_copy, master_weights
 from .rmsprop import RMSprop
 from .sgd import SGD
 
@@ -34,8 +35,10 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "fp32_copy",
     "get_total_norm",
     "lr_scheduler",
+    "master_weights",
     "swa_utils",
 ]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import clip_dtensors
 from .backends import _C, torch_steps
 from .clip_grad import clip_grad_norm_, coefficient
+from .masters import COMPANIONS, add_companion, master_of
 
 KEPT = (torch.float32, torch.bfloat16, torch.float16)  # what the arithmetic for every parameter holds
 EMA = "ema"  # the key in a parameter's state of its running average
@@ -31,6 +32,8 @@ class Extras(NamedTuple):
     inverse_scale: float | Tensor | None = None
     norm: float | Tensor | None = None
     ema_decay: float | None = None  # how much of the running averages is kept
+    masters: bool = False  # 16-bit parameters have master weights
+    draws: bool = False  # or are rounded with random bits
 
 
 class Options:
@@ -41,15 +44,26 @@ class Options:
     """
 
     def __init__(
-        self, error_if_nonfinite: bool = False, state_dtype: torch.dtype | None = None, **changing: float | None
+        self,
+        error_if_nonfinite: bool = False,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        **changing: float | None,
     ):
         self.error_if_nonfinite, self.state_dtype = error_if_nonfinite, state_dtype
+        self.masters, self.draws, self.rounding_seed = bool(master_weights), bool(stochastic_rounding), rounding_seed
         self.given = {name: value for name, value in changing.items() if value is not None}
         for name, value in self.given.items():
             _CHECKS[name](value)
         if state_dtype is not None and state_dtype not in KEPT:
             names = ", ".join(map(str, KEPT))
             raise ValueError(f"Invalid state_dtype: {state_dtype!r}; it must be one of {names}, or None")
+        if self.masters and self.draws:
+            raise ValueError(BOTH)
+        if not isinstance(rounding_seed, int) or not 0 <= rounding_seed < 2**64:
+            raise ValueError(f"Invalid rounding_seed value: {rounding_seed!r}; it must be an integer in [0, 2**64)")
         if self.any() and _C is None:
             raise RuntimeError(NO_EXTENSION)
         if "max_grad_norm" in self.given and _is_made_by_zero() and _are_several():
@@ -80,7 +94,11 @@ class Options:
 
     def any(self) -> bool:
         """Whether there is anything that torch's optimizers do not do."""
-        return bool(self.given) or self.state_dtype is not None
+        return bool(self.given) or self.state_dtype is not None or self.keeps_more()
+
+    def keeps_more(self) -> bool:
+        """Whether 16-bit parameters get more out of a step than rounding to nearest leaves."""
+        return self.masters or self.draws
 
     def skips(self, optimizer: Any) -> bool:
         """Whether the step is to be left out: a scaler found infinities."""
@@ -98,9 +116,9 @@ class Options:
         if self.error_if_nonfinite and max_norm is not None and norm is None:
             norm = _finite_norm(optimizer, inverse_scale)
         self.norm = None
-        if max_norm is None and ema_decay is None and inverse_scale is None:
+        if max_norm is None and ema_decay is None and inverse_scale is None and not self.keeps_more():
             return None
-        return Extras(max_norm, self.error_if_nonfinite, inverse_scale, norm, ema_decay)
+        return Extras(max_norm, self.error_if_nonfinite, inverse_scale, norm, ema_decay, self.masters, self.draws)
 
     def state_dtype_of(self, param: Tensor) -> torch.dtype | None:
         """What the state of a parameter shall be; None: as torch makes it, also of float64 and complex ones."""
@@ -170,17 +188,25 @@ def is_first_average(optimizer: Any) -> bool:
     return not any(EMA in entry for entry in optimizer.state.values())
 
 
-def average_of(param: Tensor) -> Tensor:
+def weights_of(optimizer: Any, param: Tensor) -> Tensor:
+    """What running averages are made of: the parameter or, of 16 bits, its master or itself in float32."""
+    if param.dtype.itemsize >= 4:
+        return param.detach()
+    options = optimizer._fastopt_options
+    return master_of(param, optimizer.state.get(param, {}) if options is not None and options.masters else {})
+
+
+def average_of(optimizer: Any, param: Tensor) -> Tensor:
     """A running average that begins with what a parameter is."""
-    wide = param.detach().to(torch.float32) if param.dtype.itemsize < 4 else param.detach()
-    return wide.clone(memory_format=torch.preserve_format) if wide.dtype == param.dtype else wide
+    weights = weights_of(optimizer, param)
+    return weights.clone(memory_format=torch.preserve_format) if weights.dtype == param.dtype else weights
 
 
 @torch.no_grad()
 def average(optimizer: Any, params: list[Tensor], ema_decay: float) -> None:
     """Updates the running averages of parameters that the plan did not step."""
     averages = [optimizer.state[param][EMA] for param in params]
-    values = [param.detach().to(ema.dtype) for param, ema in zip(params, averages, strict=True)]
+    values = [weights_of(optimizer, param).to(ema.dtype) for param, ema in zip(params, averages, strict=True)]
     if averages:
         torch._foreach_lerp_(averages, values, 1 - ema_decay)
 
@@ -190,7 +216,7 @@ def average_all(optimizer: Any, ema_decay: float, first: bool) -> None:
     state = optimizer.state
     known = [param for param in all_params(optimizer) if param.grad is not None or EMA in state.get(param, ())]
     for param in known:
-        state[param].setdefault(EMA, average_of(param))
+        state[param].setdefault(EMA, average_of(optimizer, param))
     if not first:
         average(optimizer, known, ema_decay)
 
@@ -199,10 +225,46 @@ def average_all(optimizer: Any, ema_decay: float, first: bool) -> None:
 def copy_averages(optimizer: Any, params: list[Tensor]) -> None:
     """The first update of the running averages."""
     for param in params:
-        optimizer.state[param][EMA].copy_(param)
+        optimizer.state[param][EMA].copy_(weights_of(optimizer, param))
 
 
-NO_EXTENSION = "max_grad_norm, ema_decay and state_dtype need fastopt's C++ extension, which this installation lacks"
+NO_EXTENSION = (
+    "max_grad_norm, ema_decay, state_dtype, master_weights and stochastic_rounding need fastopt's C++ extension, which "
+    "this installation lacks"
+)
+BOTH = (
+    "master_weights and stochastic_rounding exclude each other: with master weights nothing is lost that random "
+    "rounding could make up for"
+)
+NOT_BESIDE = (
+    "{option}: torch's own step would have to run, which rounds 16-bit parameters to nearest, because {reason}. "
+    "Nothing was changed. Step such parameters with an optimizer of their own."
+)
+
+
+def refuse_torchs_step(optimizer: Any, reason: str) -> None:
+    """Where it would take something else for a 16-bit parameter than was asked for."""
+    options = optimizer._fastopt_options
+    if options is None or not options.keeps_more():
+        return
+    if any(param.dtype in COMPANIONS and param.grad is not None for param in all_params(optimizer)):
+        option = "master_weights" if options.masters else "stochastic_rounding"
+        raise RuntimeError(NOT_BESIDE.format(option=option, reason=reason))
+
+
+@torch.no_grad()
+def add_state(optimizer: Any, param: Tensor, extras: Extras, step_count: Callable[[float], Tensor]) -> None:
+    """Gives a parameter's state what it lacks beside the algorithm's."""
+    state = optimizer.state[param]
+    if extras.masters:
+        add_companion(state, param)
+    if extras.draws and param.dtype in COMPANIONS:
+        if not optimizer._fastopt.has_step:
+            state["step"] = step_count(float(state["step"] if state.get("step") is not None else 0))
+        seed = state.get("rounding_seed")
+        state["rounding_seed"] = optimizer._fastopt_options.rounding_seed if seed is None else int(seed)
+    if extras.ema_decay is not None and state.get(EMA) is None:
+        state[EMA] = average_of(optimizer, param)
 
 
 def all_params(optimizer: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -31,12 +32,14 @@ from .extras import (
     GradNorm,
     Options,
     Scaler,
+    add_state,
     average,
     average_all,
-    average_of,
     copy_averages,
     is_first_average,
+    refuse_torchs_step,
 )
+from .masters import COMPANIONS, has_companion, is_companion
 
 Group = dict[str, Any]
 Closure = Callable[[], Any]
@@ -145,14 +148,17 @@ class FusedStep(_Base):
         """Loads what ``state_dict()`` of this optimizer or of torch's returned.
 
         As in torch.optim, except that state of float32, bfloat16 or float16 keeps its dtype (torch casts it to the
-        parameter's), or gets ``state_dtype`` if this optimizer was given one, and that ``foreach``, ``fused``,
-        ``capturable`` and ``differentiable`` keep the values of this optimizer (torch takes the file's).
+        parameter's), or gets ``state_dtype`` if this optimizer was given one, that master weights are kept, and that
+        ``foreach``, ``fused``, ``capturable`` and ``differentiable`` keep the values of this optimizer (torch takes the
+        file's). With ``master_weights``, a parameter whose state has none (it is from an optimizer without, or torch
+        has cast it) begins with those that it stands for, and a warning says so.
 
         Raises:
             ValueError: the state of a parameter is incomplete or of another shape; nothing was loaded.
         """
         own: list[dict[str, Any]] = []
         loaded: list[tuple[Tensor, dict[str, Any]]] = []
+        masters = self._fastopt_options is not None and self._fastopt_options.masters
 
         def check(_: Optimizer, final: dict[str, Any]) -> None:
             for group in self.param_groups:
@@ -177,11 +183,13 @@ class FusedStep(_Base):
                         value = value.to(param.device, torch.float32) if capturable else value.cpu()
                     elif name in slots:
                         value = value.to(param.device, state_dtype)
-                    elif value.dtype in KEPT and param.is_floating_point():
+                    elif (value.dtype in KEPT and param.is_floating_point()) or is_companion(name, value, param):
                         value = value.to(param.device)
                     else:
                         continue
                     self.state[param][name] = value
+            if masters:
+                _drop_cast_companions(self, [param for param, _ in loaded])
 
         handles = [
             self.register_load_state_dict_pre_hook(check),  # the last: it sees what the user's hooks made of the file
@@ -272,10 +280,14 @@ def drop_in(cls: type[Class]) -> type[Class]:
         error_if_nonfinite: bool = False,
         ema_decay: float | None = None,
         state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
         **kwargs: Any,
     ) -> None:
         said_by_subclass = self._step_supports_amp_scaling
-        options = Options(error_if_nonfinite, state_dtype, max_grad_norm=max_grad_norm, ema_decay=ema_decay)
+        rounding = master_weights, stochastic_rounding, rounding_seed
+        options = Options(error_if_nonfinite, state_dtype, *rounding, max_grad_norm=max_grad_norm, ema_decay=ema_decay)
         init(self, *args, **kwargs)
         if options.any():
             self._fastopt_options = options
@@ -349,6 +361,7 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
         raise
     if isinstance(answer, _C.LeftToTorch):
         _unmake_state(self, made)  # torch makes its own
+        refuse_torchs_step(self, answer.reason)
         if extras is None:
             _torchs_step(self, answer.reason)
         elif extras.max_norm is None and extras.inverse_scale is None:
@@ -431,8 +444,8 @@ def _make_state(self: Any, missing: list[tuple[Group, Tensor]], extras: Extras |
             made = {name: value for name, value in new.items() if state.get(name) is None}
             state.update(made)
             fresh += [param] if made else []
-        if extras is not None and extras.ema_decay is not None and state.get(EMA) is None:
-            state[EMA] = average_of(param)
+        if extras is not None:
+            add_state(self, param, extras, functools.partial(_step_count, group=group, param=param))
     return fresh
 
 
@@ -472,7 +485,9 @@ def _unmake_state(self: Any, made: list[tuple[Tensor, dict[str, Any] | None]]) -
 
 def _check_loaded(self: Any, group: Group, param: Tensor, key: Any, entry: dict[str, Any]) -> None:
     has_step = self._fastopt.has_step
-    for name in ["step"] * has_step + list(self._fastopt.slots(self, group)):
+    slots = list(self._fastopt.slots(self, group))
+    companions = [name for name, value in entry.items() if is_companion(name, value, param)]
+    for name in ["step"] * has_step + slots + companions:
         value = entry.get(name)
         if value is None and not has_step:
             continue  # as torch: made at the next step
@@ -488,6 +503,20 @@ def _check_loaded(self: Any, group: Group, param: Tensor, key: Any, entry: dict[
             shapes = f"shape {list(value.shape)}, the parameter {list(param.shape)}"
             raise ValueError(f"loaded {name!r} of parameter {key} has {shapes}")
 
+
+def _drop_cast_companions(self: Any, params: list[Tensor]) -> None:
+    """After a load: what is no master of a 16-bit parameter is made anew at the next step."""
+    lacking = [p for p in params if p.dtype in COMPANIONS and not has_companion(self.state[p], p)]
+    for param in lacking:
+        self.state[param].pop(COMPANIONS[param.dtype][0], None)
+    if lacking:
+        warnings.warn(NO_MASTERS.format(count=len(lacking)), stacklevel=4)
+
+
+NO_MASTERS = (
+    "the loaded state of {count} bfloat16 or float16 parameters has no master weights, or torch has cast them: they "
+    "begin with the values of the parameters"
+)
 
 _step_with_hooks = Optimizer.profile_hook_step(FusedStep.step)
 _untraced_step, _untraced_step_if_unwatched = _disable_dynamo(_step), _disable_dynamo(_step_if_unwatched)

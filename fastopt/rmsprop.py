@@ -60,6 +60,11 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
             of it is kept, in [0, 1]. May be changed between steps. Default None: no average.
         state_dtype: of state tensors that are made or loaded, torch.float32, bfloat16 or float16; not for float64 and
             complex parameters. None: the parameter's, and loaded state keeps its own. Default None.
+        master_weights: step bfloat16 and float16 parameters as float32 ones: what their 16 bits lack is kept in the
+            state, ``remainder`` (int16) of bfloat16 and ``master`` (float32) of float16. Default False.
+        stochastic_rounding: round bfloat16 and float16 parameters up or down at random, with the probability of what is
+            cut off; not with ``master_weights``. Default False.
+        rounding_seed: of the random bits, an integer in [0, 2**64). A state that is loaded keeps its own. Default 0.
 
     Differs from torch.optim.RMSprop: square roots are correctly rounded; bfloat16 and float16 parameters are stepped in
     float32 and rounded once; loaded state keeps its dtype (not float64); ``foreach`` chooses nothing.

@@ -11,7 +11,15 @@ import torch
 import fastopt
 
 # The keywords that our constructors have beside torch's, and their defaults.
-OWN_OPTIONS = {"max_grad_norm": None, "error_if_nonfinite": False, "ema_decay": None, "state_dtype": None}
+OWN_OPTIONS = {
+    "max_grad_norm": None,
+    "error_if_nonfinite": False,
+    "ema_decay": None,
+    "state_dtype": None,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
+}
 
 # 1 - 0.50000001 is below one half, but not any more once rounded to float32: lerp takes its other branch there.
 BARELY_HALF = 0.50000001

@@ -44,7 +44,8 @@ def test_api_page():
     for name, called, arguments, rendered in entries:
         assert name == called == rendered
         written = ast.parse(f"def f{arguments}: pass").body[0].args
-        positional, keyword = [arg.arg for arg in written.args], [arg.arg for arg in written.kwonlyargs]
+        variable = [written.vararg] if written.vararg else []
+        positional, keyword = [arg.arg for arg in written.args + variable], [arg.arg for arg in written.kwonlyargs]
         defaults = [ast.literal_eval(value) for value in written.defaults + written.kw_defaults]
         with_default = (positional + keyword)[-len(defaults) :] if defaults else []
         parameters = inspect.signature(getattr(fastopt, name)).parameters

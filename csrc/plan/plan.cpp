@@ -86,7 +86,7 @@ bool Plan::check(PyObject* self, PyObject* fresh, const Extras& extras) {
 // What there is to do beside the update; clipping is added where the norm is known.
 Stages Plan::factors(const Extras& extras) const {
   Stages stages;
-  stages.averages = extras.averages, stages.average_weight = 1 - extras.ema_decay;
+  stages.averages = extras.averages, stages.average_weight = 1 - extras.ema_decay, stages.draws = extras.draws;
   if (extras.unscales) stages.factor[stages.factors++] = extras.inverse_scale;
   return stages;
 }
@@ -139,7 +139,9 @@ void Plan::count_repeated_steps() {
     Placed& place = walk.cpu.placed[r];
     const int before = seen[w.param]++;
     for (int i = 0; i < before; i++) w.t = w.count_f64 ? w.t + 1 : float(w.t) + 1.0f;
-    if (before) place.scalars = walk.options.scalars_for(place.group, w.t, computes_in_f64(walk.cpu.rows[r].dtype[0]));
+    if (!before) continue;
+    walk.cpu.rows[r].draws.step = uint64_t(w.t);
+    place.scalars = walk.options.scalars_for(place.group, algorithm.has_step ? w.t : 2, computes_in_f64(walk.cpu.rows[r].dtype[0]));
   }
 }
 

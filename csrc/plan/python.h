@@ -25,7 +25,10 @@ inline PyObject *const param_groups = interned("param_groups"), *const params = 
                 *const plan = interned("_fastopt_plan"), *const fastopt = interned("_fastopt"), *const update = interned("update"),
                 *const torchs_step_because = interned("torchs_step_because"), *const keys = interned("keys"), *const grad = interned("grad"),
                 *const torch_function = interned("__torch_function__"), *const mesh = interned("mesh"), *const placements = interned("placements"),
-                *const ema = interned("ema"), *const options = interned("_fastopt_options"), *const refuse_parts = interned("refuse_parts");
+                *const ema = interned("ema"), *const remainder = interned("remainder"), *const master = interned("master"),
+                *const rounding_seed = interned("rounding_seed"), *const get_coordinate = interned("get_coordinate"),
+                *const size = interned("size"), *const is_replicate = interned("is_replicate"),
+                *const options = interned("_fastopt_options"), *const refuse_parts = interned("refuse_parts");
 }
 
 // May run code of the user's.

@@ -68,6 +68,7 @@ inline bool dtype_of(const TensorImpl* t, DType& out) {
     default: return false;
   }
 }
+inline bool has_16_bits(const TensorImpl* t) { return t->dtype().toScalarType() == at::kBFloat16 || t->dtype().toScalarType() == at::kHalf; }
 inline std::string dtype_text(const TensorImpl* t) { return c10::toString(t->dtype().toScalarType()); }
 
 // ---- alike
@@ -148,6 +149,18 @@ class DTensors {
       if (!equal) return false;
     }
     return true;
+  }
+
+  // The number of the shard that a DTensor's local tensor is; replicas have the same. May run code of the user's.
+  static uint64_t shard(PyObject* spec) {
+    const py::object mesh = attribute(spec, names::mesh), placements = attribute(spec, names::placements);
+    const py::object coordinate = attribute(mesh.ptr(), names::get_coordinate)();
+    uint64_t place = 0;
+    if (coordinate.is_none()) return place;       // this rank has none of it
+    for (size_t d = 0; d < py::len(placements); d++)
+      if (!is_true(attribute(placements[py::int_(d)].ptr(), names::is_replicate)().ptr()))
+        place = place * attribute(mesh.ptr(), names::size)(d).cast<uint64_t>() + coordinate[py::int_(d)].cast<uint64_t>();
+    return place;
   }
 
  private:

@@ -6,6 +6,7 @@
 #pragma once
 #include <atomic>
 
+#include "plan/extras.h"
 #include "plan/options.h"
 #include "plan/tensors.h"
 #include "plan/versions.h"
@@ -40,7 +41,7 @@ class Walk {
   ~Walk() { release(); }
 
   // Reads and checks everything. `fresh`: a list with the parameters whose slots were made for this step, or null; `extra`: the state
-  // that it takes beside the algorithm's slots, a bit mask. Raises, or throws Outside.
+  // that it takes beside the algorithm's slots, Extras::state(). Raises, or throws Outside.
   void check(PyObject* self, PyObject* fresh, unsigned extra, bool gpu_allowed);
   // Whether everything is as `check` saw it, but for numbers and addresses, which are brought up to date. Once it has the
   // containers it runs no code of the user's, so what dicts hold stays alive. `again`: in the same step, of which nothing is written yet.
@@ -84,11 +85,11 @@ class Walk {
     int64_t group;                                // place in `options`; -1 if no parameter has a gradient
   };
   struct SeenParam {
-    PyObject *object, *entry, *state[max_state], *step;
+    PyObject *object, *entry, *state[max_state], *step, *seed;
     PyTypeObject* type;
     uint64_t entry_version;
     c10::DispatchKeySet keys, step_keys;
-    caffe2::TypeMeta dtype, state_dtypes[max_state], step_dtype;
+    caffe2::TypeMeta dtype, grad_dtype, state_dtypes[max_state], step_dtype;
     c10::Device device = at::kCPU;
     bool has_grad, on_gpu;
     size_t row, extents;                          // places in the batch of its device and in `extents`
@@ -99,6 +100,7 @@ class Walk {
     TensorImpl *operands[max_operands], *step;    // those of a DTensor are its local tensors; null: there is none, or it is no tensor
     const char* outside;                          // why it is not for this library, or null
     bool foreign, entry_is_dict, is_dtensor;
+    uint64_t shard;                               // of a DTensor, if it is wanted
     size_t group;
     Where where;
   };
@@ -124,9 +126,15 @@ class Walk {
   void prefetch(const SeenParam& seen) const;
 
   void add_missing(const SeenParam& seen, const Found& found);
-  // The state tensors of a parameter: a bit mask, and the name of one.
-  unsigned state_of(const Found& found) const { return options[found.group].used | extra; }
-  PyObject* state_key(int k) const { return k < max_slots ? algorithm.slot_keys[k] : names::ema; }
+  // The state of a parameter: a bit mask of tensors and draws_bit, and the name of a tensor.
+  unsigned state_of(const Found& found) const {
+    const unsigned of_16_bits = has_16_bits(found.operands[0]) ? 0 : 1u << companion_slot | draws_bit;
+    return options[found.group].used | (extra & ~of_16_bits);
+  }
+  PyObject* state_key(int k, const TensorImpl* param) const {
+    if (k < max_slots) return algorithm.slot_keys[k];
+    return k == average_slot ? names::ema : param->dtype().toScalarType() == at::kBFloat16 ? names::remainder : names::master;
+  }
   int64_t layout_of(TensorImpl* const* operands);
 
   const Algorithm& algorithm;

@@ -28,14 +28,15 @@ void* memory_of(const TensorImpl* t, int64_t itemsize, bool written, const char*
   return address;
 }
 
-void check_grad(const TensorImpl* grad, const TensorImpl* param, DType param_dtype, Where where) {
+DType check_grad(const TensorImpl* grad, const TensorImpl* param, DType param_dtype, bool may_be_f32, Where where) {
   DType dtype;
   if (grad->device() != param->device())
     raise(PyExc_RuntimeError, c10::str("grad of ", where, " is on ", grad->device(), ", the parameter on ", param->device()));
   if (!is_plain(grad)) throw Outside{"a gradient is sparse, a tensor subclass or not strided"};
-  if (!dtype_of(grad, dtype) || dtype != param_dtype) throw Outside{"a gradient's dtype is not its parameter's"};
+  if (!dtype_of(grad, dtype) || (dtype != param_dtype && !(may_be_f32 && dtype == DType::f32))) throw Outside{"a gradient's dtype is not its parameter's"};
   if (!same_sizes(grad, param))
     raise(PyExc_RuntimeError, c10::str("grad of ", where, " has shape ", grad->sizes(), ", the parameter ", param->sizes()));
+  return dtype;
 }
 
 TensorImpl* tensor_or_null(PyObject* object) {    // isinstance may be a call into Python
@@ -89,9 +90,14 @@ void Walk::read_param(PyObject* object, Where where, SeenGroup& group, Reader& s
 void Walk::read_entry(PyObject* entry, SeenParam& own, Found& f) {
   own.entry_version = version_of(entry, DictOf::state);
   Reader read(entry);
-  if (algorithm.has_step) own.step = hold(read(names::step));
+  const unsigned wanted = state_of(f);
+  if (algorithm.has_step || wanted & draws_bit) own.step = hold(read(names::step));
   for (int k = 0; k < max_state; k++)
-    if (state_of(f) >> k & 1) own.state[k] = hold(read(state_key(k)));
+    if (wanted >> k & 1) own.state[k] = hold(read(state_key(k, f.operands[0])));
+  if (wanted & draws_bit) {
+    own.seed = hold(read(names::rounding_seed));
+    if (f.is_dtensor) f.shard = DTensors::shard(specs[size_t(own.specs)][0].ptr());
+  }
   f.step = hold(tensor_or_null(own.step));
   for (int k = 0; k < max_state; k++) {
     PyObject* tensor = own.state[k];
@@ -148,21 +154,21 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
   const Alike alike(param);
   auto is_alike = [&](const TensorImpl* t, caffe2::TypeMeta wanted) { return alike(t, wanted) && (!on_gpu || t->device() == device); };
   bool all_alike = is_alike(grad, param->dtype());  // in layout, until one is found that is not
-  if (!all_alike) check_grad(grad, param, dtype, where);
+  DType grad_dtype = dtype;
+  if (!all_alike) grad_dtype = check_grad(grad, param, dtype, !on_gpu && itemsize(dtype) == 2, where), all_alike = is_alike(grad, grad->dtype());
 
   Batch& batch = on_gpu ? gpu : cpu;
   const unsigned used = options[f.group].used, wanted = state_of(f);
-  own.on_gpu = on_gpu, own.keys = param->key_set(), own.dtype = param->dtype(), own.device = device;
+  own.on_gpu = on_gpu, own.keys = param->key_set(), own.dtype = param->dtype(), own.grad_dtype = grad->dtype(), own.device = device;
   own.row = batch.rows.size();
   Row& row = batch.rows.emplace_back();           // if it stays unfinished, nothing will be written
   Written& w = batch.written.emplace_back();
   Placed& place = batch.placed.emplace_back();
   row.algorithm = uint8_t(&algorithm - algorithms().data()), row.used = uint8_t(used), row.numel = param->numel();
   w.param = param, w.grad = grad, place.group = f.group, place.moved = true;
-  row.dtype[0] = row.dtype[1] = dtype;
-  const int64_t size = itemsize(dtype);
-  row.data[0] = memory_of(param, size, true, "data", where);
-  row.data[1] = memory_of(grad, size, false, "grad", where);
+  row.dtype[0] = dtype, row.dtype[1] = grad_dtype;
+  row.data[0] = memory_of(param, itemsize(dtype), true, "data", where);
+  row.data[1] = memory_of(grad, itemsize(grad_dtype), false, "grad", where);
 
   if (algorithm.has_step || wanted) {
     if (!own.entry || (f.entry_is_dict && PyDict_GET_SIZE(own.entry) == 0)) return add_missing(own, f);
@@ -172,7 +178,11 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
       const bool may_lack = !algorithm.has_step || k >= max_slots;   // else a state without it is incomplete
       if (may_lack && (!own.state[k] || own.state[k] == Py_None)) return add_missing(own, f);
       TensorImpl* tensor = f.operands[2 + k];
-      if (tensor && is_alike(tensor, param->dtype())) {
+      if (k == companion_slot) {
+        if (tensor && tensor->dtype().toScalarType() != (dtype == DType::bf16 ? at::kShort : at::kFloat)) return add_missing(own, f);
+        row.dtype[2 + k] = dtype == DType::bf16 ? dtype : DType::f32;
+        if (!tensor || !is_alike(tensor, tensor->dtype())) check_state(own, f, k, dtype), all_alike = all_alike && is_alike(tensor, tensor->dtype());
+      } else if (tensor && is_alike(tensor, param->dtype())) {
         row.dtype[2 + k] = dtype;
       } else {
         row.dtype[2 + k] = check_state(own, f, k, dtype);
@@ -180,23 +190,31 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
       }
       own.state_dtypes[k] = tensor->dtype();
       w.state[k] = tensor;
-      row.data[2 + k] = memory_of(tensor, itemsize(row.dtype[2 + k]), true, PyUnicode_AsUTF8(state_key(k)), where);
+      row.data[2 + k] = memory_of(tensor, itemsize(row.dtype[2 + k]), true, PyUnicode_AsUTF8(state_key(k, param)), where);
     }
-    if (algorithm.has_step && !check_count(own, f, batch, capturable)) return add_missing(own, f);
+    const bool draws = wanted & draws_bit;
+    if (draws && !algorithm.has_step && (!own.step || own.step == Py_None)) return add_missing(own, f);
+    if ((algorithm.has_step || draws) && !check_count(own, f, batch, capturable)) return add_missing(own, f);
+    if (draws) {
+      if (!own.seed || !PyLong_Check(own.seed)) return add_missing(own, f);
+      const uint64_t position = uint64_t(&own - seen.data()) + f.shard * seen.size();
+      row.draws = {PyLong_AsUnsignedLongLongMask(own.seed), uint64_t(w.t), uint32_t(position)};
+    }
   }
-  if (!algorithm.has_step) w.t = std::binary_search(fresh_params.begin(), fresh_params.end(), own.object) ? 1 : 2;
-  if (!capturable) place.scalars = options.scalars_for(f.group, w.t, computes_in_f64(dtype));
+  const bool is_first = !algorithm.has_step && std::binary_search(fresh_params.begin(), fresh_params.end(), own.object);
+  if (!capturable) place.scalars = options.scalars_for(f.group, algorithm.has_step ? w.t : is_first ? 1 : 2, computes_in_f64(dtype));
   const bool simple = all_alike && param->is_non_overlapping_and_dense();
   comparable = comparable && simple && !param->is_inference();
   const int64_t layout = place.layout = simple ? -1 : layout_of(f.operands);
-  own.extents = extents.add(extent_of(param, row.data[0], size, layout < 0, true));
-  extents.add(extent_of(grad, row.data[1], size, layout < 0, false));
+  own.extents = extents.add(extent_of(param, row.data[0], itemsize(dtype), layout < 0, true));
+  extents.add(extent_of(grad, row.data[1], itemsize(grad_dtype), layout < 0, false));
   if (!on_gpu) {
     work += row.numel + row_cost;
     return;
   }
-  const bool averages = extra >> average_slot & 1;
+  const bool averages = wanted >> average_slot & 1;
   if (averages && row.dtype[2 + average_slot] != (computes_in_f64(dtype) ? DType::f64 : DType::f32)) throw Outside{"on a GPU, a running average of 16 bits"};
+  if (wanted >> companion_slot) throw Outside{"on a GPU, master_weights or stochastic_rounding"};
   if (layout >= 0) throw Outside{"on a GPU, a parameter, its gradient and state differ in strides"};
   const c10::DeviceIndex hypers_on = options[f.group].device;
   if (hypers_on >= 0 && hypers_on != index_of(device)) throw Outside{"a hyper-parameter is on another GPU than a parameter"};
@@ -211,9 +229,9 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
 }
 
 DType Walk::check_state(const SeenParam& own, const Found& f, int k, DType param_dtype) const {
-  const char* name = PyUnicode_AsUTF8(state_key(k));
   const Where where = f.where;
   const TensorImpl* param = f.operands[0];
+  const char* name = PyUnicode_AsUTF8(state_key(k, param));
   TensorImpl* tensor = f.operands[2 + k];
   DType dtype;
   if (!own.state[k]) raise(PyExc_KeyError, c10::str("state['", name, "'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
@@ -224,6 +242,7 @@ DType Walk::check_state(const SeenParam& own, const Found& f, int k, DType param
   if (!same_sizes(tensor, param))
     raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has shape ", tensor->sizes(), ", the parameter ", param->sizes(),
                                        ": move the state with the parameter, or delete its entry to start anew"));
+  if (k == companion_slot) return check_written(tensor, name, where), param_dtype;   // its dtype is known
   if (!dtype_of(tensor, dtype) || (dtype == DType::f64 && param_dtype != DType::f64))
     raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has dtype ", dtype_text(tensor), ", which the arithmetic for a ",
                                        dtype_text(param), " parameter does not hold"));
@@ -274,9 +293,13 @@ int64_t Walk::layout_of(TensorImpl* const* operands) {
 C10_ALWAYS_INLINE void Walk::prefetch(const SeenParam& own) const {
   if (!own.has_grad) return;
   const Written& w = (own.on_gpu ? gpu : cpu).written[own.row];
-  for (const TensorImpl* t : {w.param, w.grad, w.state[0], w.state[1], w.state[2], w.state[3], w.step})
+  auto fetch = [](const TensorImpl* t) {
     for (size_t at = 0; at < sizeof(TensorImpl); at += 64) __builtin_prefetch(reinterpret_cast<const char*>(t) + at);
-  for (PyObject* object : {own.object, own.entry, own.state[0], own.state[1], own.state[2], own.state[3], own.step}) __builtin_prefetch(object);
+  };
+  for (const TensorImpl* t : {w.param, w.grad, w.step}) fetch(t);
+  for (const TensorImpl* t : w.state) fetch(t);
+  for (PyObject* object : {own.object, own.entry, own.step}) __builtin_prefetch(object);
+  for (PyObject* object : own.state) __builtin_prefetch(object);
 }
 
 bool Walk::compare_params(size_t begin, size_t end, int steps) {
@@ -318,7 +341,7 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own, int
   }
   if (param->key_set() != own.keys || param->dtype() != own.dtype || param->numel() != row.numel) return false;
   const Alike is_alike(param);
-  if (!param->is_non_overlapping_and_dense() || !is_alike(grad)) return false;
+  if (!param->is_non_overlapping_and_dense() || !is_alike(grad, own.grad_dtype)) return false;
 
   bool differs = false;                           // an address
   auto read_address = [&](int k, const TensorImpl* t) C10_ALWAYS_INLINE_ATTRIBUTE {
@@ -347,7 +370,7 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own, int
         w.count = count;
         const double t = next_count(w);
         if (t != w.t + steps) return false;
-        w.t = t;
+        w.t = t, row.draws.step = uint64_t(t);
       } else {
         const int64_t address = reinterpret_cast<int64_t>(count) + !w.count_f64;
         differs |= batch.placed[own.row].count_address != address;
@@ -358,9 +381,8 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own, int
   if (own.on_gpu) batch.placed[own.row].moved = differs;
   if (differs) {
     if (!moved) moved = true;                     // threads that only read it do not take it from each other
-    const int64_t size = itemsize(row.dtype[0]);
-    extents[own.extents] = extent_of(param, row.data[0], size, true, true);
-    extents[own.extents + 1] = extent_of(grad, row.data[1], size, true, false);
+    extents[own.extents] = extent_of(param, row.data[0], itemsize(row.dtype[0]), true, true);
+    extents[own.extents + 1] = extent_of(grad, row.data[1], itemsize(row.dtype[1]), true, false);
   }
   return true;
 }

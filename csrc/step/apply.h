@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "companions.h"
 #include "isa.h"
 #include "passes.h"
 #include "round.h"
@@ -82,6 +83,21 @@ template <class F> inline void with_type(DType dtype, void* data, F f) {
 }
 
 // ---- an update over n elements: param and grad of type P, state of type S, arithmetic in T
+//
+// Beside a bf16 parameter may lie B: its remainders, int16_t, or random bits for its rounding, const uint16_t; else B is void.
+
+constexpr int updated = 2 + max_slots;            // operands of an update: param, grad, slots; behind them what lies beside the parameter
+
+template <class B> constexpr bool is_remainder = std::is_same_v<B, int16_t>;
+template <class T, class P, class B> inline T load_param(const P* param, const B* beside, int64_t i) {
+  if constexpr (is_remainder<B>) return join(param[i], beside[i]);
+  else return widen(param[i]);
+}
+template <class T, class P, class B> inline void store_param(T value, P* param, B* beside, int64_t i) {
+  if constexpr (is_remainder<B>) part(value, param[i], beside[i]);
+  else if constexpr (!std::is_void_v<B>) narrow_stochastically(value, beside[i], param[i]);
+  else narrow(value, param[i]);
+}
 
 #if defined(FASTOPT_VECTOR_BYTES)
 // bf16 is split where all operands are. What is NaN there was read from bf16 or made by the processor, or is a scalar: see below.
@@ -94,22 +110,24 @@ template <class S> inline void fetch_ahead(const S* from) {
 }
 
 // Element i and those after it that fill a pair of vectors.
-template <class Algorithm, unsigned used, class P, class S, class H>
-inline void update_pair(P* param, const P* grad, S* const* slots, int64_t i, const H& h) {
+template <class Algorithm, unsigned used, class P, class S, class B, class H>
+inline void update_pair(P* param, const P* grad, S* const* slots, [[maybe_unused]] B* beside, int64_t i, const H& h) {
   Floats p[2], g[2], state[2][max_slots];
-  load<split<P, S>>(p[0], p[1], param + i);
+  if constexpr (is_remainder<B>) load<split<P, S>>(p[0], p[1], param + i, beside + i);
+  else load<split<P, S>>(p[0], p[1], param + i);
   if constexpr (reads_grad<Algorithm>) load<split<P, S>>(g[0], g[1], grad + i);
   for (int k = 0; k < max_slots; k++)
     if (used >> k & 1) load<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
   for (int half : {0, 1}) Algorithm::template update<used>(p[half], g[half], state[half], h);
-  store<split<P, S>>(p[0], p[1], param + i);
+  if constexpr (std::is_void_v<B>) store<split<P, S>>(p[0], p[1], param + i);
+  else store<split<P, S>>(p[0], p[1], param + i, beside + i);
   for (int k = 0; k < max_slots; k++)
     if (used >> k & 1) store<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
 }
 
 // As many of n elements as fill pairs; returns their number. In memory `rest` elements, n or more, are to be updated.
-template <class Algorithm, unsigned used, class P, class S, class H>
-inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n, int64_t rest, H h) {
+template <class Algorithm, unsigned used, class P, class S, class B, class H>
+inline int64_t update_pairs(P* param, const P* grad, S* const* slots, B* beside, int64_t n, int64_t rest, H h) {
   if constexpr (split<P, S>)  // no NaN with bits that rounding could carry over
     for (float& number : reinterpret_cast<float(&)[sizeof h / sizeof(float)]>(h)) number = number == number ? number : NAN;
   int64_t i = 0;
@@ -119,14 +137,15 @@ inline int64_t update_pairs(P* param, const P* grad, S* const* slots, int64_t n,
       if constexpr (reads_grad<Algorithm>) fetch_ahead(grad + i);
       for (int k = 0; k < max_slots; k++)
         if (used >> k & 1) fetch_ahead(slots[k] + i);
+      if constexpr (is_remainder<B>) fetch_ahead(beside + i);
     }
-    update_pair<Algorithm, used>(param, grad, slots, i, h);
+    update_pair<Algorithm, used>(param, grad, slots, beside, i, h);
   }
   return i;
 }
 #endif
 
-template <class Algorithm, unsigned used, class T, class P, class S>
+template <class Algorithm, unsigned used, class T, class P, class S, class B = void>
 void update(void* const* data, int64_t n, [[maybe_unused]] int64_t rest, const void* scalars) {
   const auto h = *static_cast<const typename Algorithm::template Scalars<T>*>(scalars);
   P* __restrict param = static_cast<P*>(data[0]);
@@ -134,19 +153,21 @@ void update(void* const* data, int64_t n, [[maybe_unused]] int64_t rest, const v
   S* __restrict slot0 = static_cast<S*>(data[2]);
   S* __restrict slot1 = static_cast<S*>(data[3]);
   S* __restrict slot2 = static_cast<S*>(data[4]);
+  B* __restrict beside = nullptr;
+  if constexpr (!std::is_void_v<B>) beside = static_cast<B*>(data[updated]);
   int64_t i = 0;
 #if defined(FASTOPT_VECTOR_BYTES)
   S* const slots[] = {slot0, slot1, slot2};
-  if constexpr (std::is_same_v<T, float>) i = update_pairs<Algorithm, used>(param, grad, slots, n, rest, h);
+  if constexpr (std::is_same_v<T, float>) i = update_pairs<Algorithm, used>(param, grad, slots, beside, n, rest, h);
 #endif
   for (; i < n; i++) {
-    T p = widen(param[i]), g = {}, state[max_slots] = {};
+    T p = load_param<T>(param, beside, i), g = {}, state[max_slots] = {};
     if constexpr (reads_grad<Algorithm>) g = widen(grad[i]);
     if constexpr (used & 1) state[0] = widen(slot0[i]);
     if constexpr (used & 2) state[1] = widen(slot1[i]);
     if constexpr (used & 4) state[2] = widen(slot2[i]);
     Algorithm::template update<used>(p, g, state, h);
-    narrow(p, param[i]);
+    store_param(p, param, beside, i);
     if constexpr (used & 1) narrow(state[0], slot0[i]);
     if constexpr (used & 2) narrow(state[1], slot1[i]);
     if constexpr (used & 4) narrow(state[2], slot2[i]);
@@ -169,13 +190,16 @@ template <class Algorithm, class... Types, unsigned... used>
 constexpr Updates updates_of(std::integer_sequence<unsigned, used...>) {
   return {{update_or_null<Algorithm, used, Types...>()...}};
 }
-template <class T, class P, class S, class... Algorithm>
+template <class T, class P, class S, class B, class... Algorithm>
 Update find_update(const Row& row, std::tuple<Algorithm...>*) {
-  static constexpr Updates updates[] = {updates_of<Algorithm, T, P, S>(std::make_integer_sequence<unsigned, 1 << max_slots>())...};
+  static constexpr Updates updates[] = {updates_of<Algorithm, T, P, S, B>(std::make_integer_sequence<unsigned, 1 << max_slots>())...};
   return updates[row.algorithm].of[row.used];
 }
 template <class T, class P, class S> Update find_update(const Row& row) {
-  return find_update<T, P, S>(row, static_cast<decltype(std::tuple_cat(Algorithms(), Passes()))*>(nullptr));
+  return find_update<T, P, S, void>(row, static_cast<decltype(std::tuple_cat(Algorithms(), Passes()))*>(nullptr));
+}
+template <class T, class P, class S, class B> Update find_update(const Row& row) {   // for no pass
+  return find_update<T, P, S, B>(row, static_cast<Algorithms*>(nullptr));
 }
 
 // ---- gradients multiplied
@@ -206,10 +230,11 @@ template <class P> inline void scale_all(const P* from, P* to, int64_t n, int64_
 
 // ---- elements [begin, end) of a row
 
-constexpr int updated = 2 + max_slots;            // operands of an update: param, grad, slots
+
+constexpr int companion = 2 + companion_slot;
 
 // The update that runs on memory itself, or null.
-Update find_direct(const Row& row) {
+Update find_direct(const Row& row, bool draws) {
   if (row.layout) return nullptr;
   const DType param = row.dtype[0];
   if (row.data[1] && row.dtype[1] != param) return nullptr;
@@ -225,24 +250,99 @@ Update find_direct(const Row& row) {
       using P = std::remove_pointer_t<decltype(of_param)>;
       using S = std::remove_pointer_t<decltype(of_state)>;
       using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
-      if constexpr (runs_directly(held_as<P>, held_as<S>)) found = find_update<T, P, S>(row);
+      if constexpr (std::is_same_v<P, bfloat16> && runs_directly(held_as<P>, held_as<S>)) {
+        if (row.data[companion]) found = find_update<T, P, S, int16_t>(row);
+        else if (draws) found = find_update<T, P, S, const uint16_t>(row);
+        else found = find_update<T, P, S>(row);
+      } else if constexpr (runs_directly(held_as<P>, held_as<S>)) {
+        if (!row.data[companion] && !draws) found = find_update<T, P, S>(row);
+      }
     });
   });
   return found;
 }
 
-// `grad`: of these elements, if it is not the row's.
-void apply_directly(Update update, const Row& row, int64_t at, int64_t n, int64_t rest, void* grad = nullptr) {
-  void* data[updated] = {};
+// `grad`: of these elements, if it is not the row's; `randoms`: for these elements, if the update takes some.
+void apply_directly(Update update, const Row& row, int64_t at, int64_t n, int64_t rest, void* grad, void* randoms) {
+  void* data[updated + 1] = {};
   for (int k = 0; k < updated; k++)
     if (row.data[k]) data[k] = static_cast<char*>(row.data[k]) + at * itemsize(row.dtype[k]);
   if (grad) data[1] = grad;
+  data[updated] = row.data[companion] ? static_cast<char*>(row.data[companion]) + at * itemsize(row.dtype[companion]) : randoms;
   update(data, n, rest, row.scalars);
+}
+
+// Elements [at, at + n) of an operand, one after the other: where they lie, or in a block.
+template <class S> S* in_order(const Row& row, int k, int64_t at, S* block) { return row.layout ? block : static_cast<S*>(row.data[k]) + at; }
+template <class S> void gather(const Row& row, int k, int64_t at, int64_t n, S* to) {
+  if (!row.layout) return;
+  for_runs(static_cast<const S*>(row.data[k]), row.layout, k, at, n, [&](const S* from, int64_t i, int64_t run, int64_t stride) {
+    for (int64_t j = 0; j < run; j++) to[i + j] = from[j * stride];
+  });
+}
+template <class S> void scatter(const S* from, const Row& row, int k, int64_t at, int64_t n) {
+  if (!row.layout) return;
+  for_runs(static_cast<S*>(row.data[k]), row.layout, k, at, n, [&](S* to, int64_t i, int64_t run, int64_t stride) {
+    for (int64_t j = 0; j < run; j++) to[j * stride] = from[i + j];
+  });
+}
+
+// The masters of a parameter S with companion C.
+template <class S, class C> void load_masters(const Row& row, int64_t at, int64_t n, float* to) {
+  alignas(64) S numbers[block];
+  alignas(64) C companions[block];
+  gather(row, 0, at, n, numbers), gather(row, companion, at, n, companions);
+  load_masters(to, in_order(row, 0, at, numbers), in_order(row, companion, at, companions), n);
+}
+template <class S, class C> void store_masters(const float* from, const Row& row, int64_t at, int64_t n) {
+  alignas(64) S numbers[block];
+  alignas(64) C companions[block];
+  store_masters(from, in_order(row, 0, at, numbers), in_order(row, companion, at, companions), n);
+  scatter(numbers, row, 0, at, n), scatter(companions, row, companion, at, n);
+}
+void load_masters(const Row& row, int64_t at, int64_t n, float* to) {
+  if (row.dtype[0] == DType::bf16) load_masters<bfloat16, int16_t>(row, at, n, to);
+  else load_masters<float16, float>(row, at, n, to);
+}
+void store_masters(const float* from, const Row& row, int64_t at, int64_t n) {
+  if (row.dtype[0] == DType::bf16) store_masters<bfloat16, int16_t>(from, row, at, n);
+  else store_masters<float16, float>(from, row, at, n);
+}
+
+template <class S> void store_stochastically(const float* from, const Row& row, int64_t at, int64_t n) {
+  alignas(64) uint16_t randoms[block];
+  alignas(64) S numbers[block];
+  Randoms(row.draws.seed, row.draws.step, row.draws.position).draw(at, n, randoms);
+  store_stochastically(from, in_order(row, 0, at, numbers), randoms, n);
+  scatter(numbers, row, 0, at, n);
+}
+
+template <class T> void load_operand(const Row& row, int k, int64_t at, int64_t n, T* to) {
+  with_type(row.dtype[k], row.data[k], [&](auto* memory) {
+    for_runs(memory, row.layout, k, at, n, [&](auto* from, int64_t i, int64_t run, int64_t stride) { load(to + i, from, run, stride); });
+  });
+}
+template <class T> void store_operand(const T* from, const Row& row, int k, int64_t at, int64_t n) {
+  with_type(row.dtype[k], row.data[k], [&](auto* memory) {
+    for_runs(memory, row.layout, k, at, n, [&](auto* to, int64_t i, int64_t run, int64_t stride) { store(from + i, to, run, stride); });
+  });
+}
+
+// The running average of n masters, at most a block.
+void average_masters(const Row& row, int64_t at, int64_t n, double weight) {
+  constexpr int average = 2 + average_slot;
+  const Average::Scalars<float> scalars(weight);
+  alignas(64) float averages[block], masters[block];
+  load_operand(row, average, at, n, averages), load_masters(row, at, n, masters);
+  void* data[updated] = {averages, masters};
+  update<Average, 0, float, float, float>(data, n, n, &scalars);
+  store_operand(averages, row, average, at, n);
 }
 
 template <class T> void apply_in_blocks(const Row& row, const Stages& stages, int64_t begin, int64_t end, DType compute) {
   const Update update = find_update<T, T, T>(row);
   const bool scales = stages.factors && row.data[1];
+  const bool has_masters = row.data[companion], draws = stages.draws && itemsize(row.dtype[0]) == 2;
   void* data[updated] = {};
   alignas(64) T blocks[updated][block];
   for (int64_t at = begin; at < end; at += block) {
@@ -254,11 +354,12 @@ template <class T> void apply_in_blocks(const Row& row, const Stages& stages, in
         continue;
       }
       data[k] = blocks[k];
-      with_type(row.dtype[k], row.data[k], [&](auto* memory) {
-        for_runs(memory, row.layout, k, at, n, [&](auto* from, int64_t i, int64_t run, int64_t stride) {
-          load(blocks[k] + i, from, run, stride);
-        });
-      });
+      if constexpr (std::is_same_v<T, float>)
+        if (k == 0 && has_masters) {
+          load_masters(row, at, n, blocks[0]);
+          continue;
+        }
+      load_operand(row, k, at, n, blocks[k]);
     }
     if (scales)
       with_type(row.dtype[1], row.data[1], [&](auto* memory) {
@@ -270,11 +371,14 @@ template <class T> void apply_in_blocks(const Row& row, const Stages& stages, in
     update(data, n, n, row.scalars);
     for (int k = 0; k < updated; k++) {
       if (k == 1 || data[k] != blocks[k]) continue;
-      with_type(row.dtype[k], row.data[k], [&](auto* memory) {
-        for_runs(memory, row.layout, k, at, n, [&](auto* to, int64_t i, int64_t run, int64_t stride) {
-          store(blocks[k] + i, to, run, stride);
-        });
-      });
+      if constexpr (std::is_same_v<T, float>)
+        if (k == 0 && (has_masters || draws)) {
+          if (has_masters) store_masters(blocks[0], row, at, n);
+          else if (row.dtype[0] == DType::bf16) store_stochastically<bfloat16>(blocks[0], row, at, n);
+          else store_stochastically<float16>(blocks[0], row, at, n);
+          continue;
+        }
+      store_operand(blocks[k], row, k, at, n);
     }
   }
 }
@@ -306,24 +410,28 @@ class AverageRow {
 };
 
 void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end) {
-  const Update direct = find_direct(row);
+  const bool draws = stages.draws && itemsize(row.dtype[0]) == 2;
+  const Update direct = find_direct(row, draws);
   const bool scales = stages.factors && row.data[1], averages = stages.averages && row.data[2 + average_slot];
   auto update = [&](int64_t at, int64_t n) {
     if (!direct && row.dtype[0] == DType::f64) return apply_in_blocks<double>(row, stages, at, at + n, DType::f64);
     if (!direct) return apply_in_blocks<float>(row, stages, at, at + n, DType::f32);
-    if (!scales) return apply_directly(direct, row, at, n, end - at);
+    alignas(64) uint16_t randoms[block];
+    if (draws) Randoms(row.draws.seed, row.draws.step, row.draws.position).draw(at, n, randoms);
+    if (!scales) return apply_directly(direct, row, at, n, end - at, nullptr, randoms);
     with_type(row.dtype[1], row.data[1], [&](auto* grad) {
       alignas(64) std::remove_reference_t<decltype(*grad)> scaled[block];
       scale_all(grad + at, scaled, n, end - at, stages);
-      apply_directly(direct, row, at, n, end - at, scaled);
+      apply_directly(direct, row, at, n, end - at, scaled, randoms);
     });
   };
-  if (!averages && !(direct && scales)) return update(begin, end - begin);
+  if (!averages && !(direct && (scales || draws))) return update(begin, end - begin);
   const AverageRow average(row, stages.average_weight);
   for (int64_t at = begin; at < end; at += block) {
     const int64_t n = end - at < block ? end - at : block;
     update(at, n);
-    if (averages) average.run(at, at + n);
+    if (averages && row.data[companion]) average_masters(row, at, n, stages.average_weight);
+    else if (averages) average.run(at, at + n);
   }
 }
 

@@ -10,8 +10,9 @@
 namespace fastopt {
 
 constexpr int max_slots = 3;                 // state tensors of an algorithm
-constexpr int average_slot = max_slots;      // the running average of the parameter, which is no algorithm's
-constexpr int max_state = max_slots + 1;
+constexpr int average_slot = max_slots;        // the running average of the parameter, which is no algorithm's
+constexpr int companion_slot = max_slots + 1;  // what the parameter's 16 bits lack: see Row
+constexpr int max_state = max_slots + 2;
 constexpr int max_operands = 2 + max_state;  // param, grad, state
 constexpr int max_scalars = 12;              // numbers of a step that an update reads
 constexpr int max_numbers = 8;               // hyper-parameters that they come from
@@ -26,15 +27,23 @@ struct Layout {
 // Room for the Scalars<T> of any algorithm.
 struct alignas(16) AnyScalars { char bytes[max_scalars * sizeof(double)]; };
 
-// The update of one tensor.
+// What the random bits that round a parameter are a function of (philox.h).
+struct Draws {
+  uint64_t seed, step;
+  uint32_t position;             // of the parameter in its optimizer
+};
+
+// The update of one tensor. A parameter of 16 bits may have a companion, both together being its master, an fp32 number: of bf16, the
+// remainder, an integer of 16 bits (join() in round.h); of fp16, the master itself.
 struct Row {
   void* data[max_operands];      // param, grad, state; null where there is none
-  DType dtype[max_operands];
+  DType dtype[max_operands];     // of a remainder: bf16, which it is a part of
   uint8_t algorithm;             // position in Algorithms, or behind them in Passes
   uint8_t used;                  // bit mask of the algorithm's slots in use
   int64_t numel;
   const void* scalars;           // Scalars<T> of the algorithm; T is double for an fp64 parameter, else float
   const Layout* layout;          // null: element i of every operand is at data + i
+  Draws draws;                   // if Stages says so
 };
 
 // What a step does to each row beside the update, while its elements are in the caches.
@@ -46,6 +55,8 @@ struct Stages {
   // The weight of the parameter in its running average, which becomes torch.lerp of both.
   bool averages = false;
   double average_weight = 0;
+  // Whether parameters of 16 bits are rounded with random bits.
+  bool draws = false;
 };
 
 // Work is measured in elements, a row counting row_cost more: ends[r] is the work up to and including row r. The same

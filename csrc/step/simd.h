@@ -77,10 +77,10 @@ template <class V, class S> inline void write(V vector, S* to) { std::memcpy(to,
 // To bf16 in the upper half of 32 bits, as narrow() does it. A NaN must have no bits in the lower half, or it could carry over.
 inline Bits rounded(Floats a) { return plus_bit_16(Bits(a.v) + 0x7fff, Bits(a.v)); }
 
-// For part(): of NaN there is no remainder.
+// Of NaN there is no remainder, nor anything that an addition could carry over.
 inline Bits without_remainder(Floats a) { return Bits(select(a != a, float_of(0x7fc00000), a).v); }
 
-// A pair in order, to bf16 and to both parts.
+// A pair in order, to bf16, to both parts, and to bf16 after random bits were added.
 #if FASTOPT_VECTOR_BYTES == 64
 constexpr struct Order {
   alignas(64) int16_t of_upper[32] = {}, of_lower[32] = {};   // 16 bits of every number
@@ -107,6 +107,10 @@ inline void write_parts(Vector a, Vector b, bfloat16* to, int16_t* remainders) {
   write(_mm512_mask_mov_epi16(near, nan, _mm512_set1_epi16(0x7fc0)), to);
   write(_mm512_maskz_mov_epi16(~nan, lower), remainders);
 }
+inline void write_sums(Vector a, Vector b, const uint16_t* randoms, bfloat16* to) {
+  const Bits x = Bits(a) + zero_extended(read<Halves>(randoms)), y = Bits(b) + zero_extended(read<Halves>(randoms + 16));
+  write(_mm512_mask_mov_epi16(pick(order.of_upper, Vector(x), Vector(y)), are_nan(a, b), _mm512_set1_epi16(0x7fc0)), to);
+}
 #else
 template <class S> inline void write_halves(Bits a, Bits b, S* to) {
   write(_mm256_permute4x64_epi64(_mm256_packus_epi32(__m256i(a), __m256i(b)), 0xd8), to);
@@ -118,6 +122,10 @@ inline void write_rounded(Vector a, Vector b, bfloat16* to) {
 inline void write_parts(Vector a, Vector b, bfloat16* to, int16_t* remainders) {
   const Bits x = without_remainder(a), y = without_remainder(b);
   write_halves((x + 0x8000) >> 16, (y + 0x8000) >> 16, to), write_halves(x & 0xffff, y & 0xffff, remainders);
+}
+inline void write_sums(Vector a, Vector b, const uint16_t* randoms, bfloat16* to) {
+  const Bits x = without_remainder(a), y = without_remainder(b);
+  write_halves((x + zero_extended(read<Halves>(randoms))) >> 16, (y + zero_extended(read<Halves>(randoms + 8))) >> 16, to);
 }
 #endif
 
@@ -166,6 +174,17 @@ template <bool split> inline void store(Floats a, Floats b, bfloat16* to, int16_
     write((x + 0x8000) >> 16 | ((y + 0x8000) & 0xffff0000), to), write((x & 0xffff) | y << 16, remainders);
   } else {
     write_parts(a.v, b.v, to, remainders);
+  }
+}
+
+// ---- a pair rounded with 16 random bits for each number, as narrow_stochastically() does it
+
+template <bool split> inline void store(Floats a, Floats b, bfloat16* to, const uint16_t* randoms) {
+  if constexpr (split) {
+    const Bits both = read<Bits>(randoms);
+    write((without_remainder(a) + (both & 0xffff)) >> 16 | ((without_remainder(b) + (both >> 16)) & 0xffff0000), to);
+  } else {
+    write_sums(a.v, b.v, randoms, to);
   }
 }
 

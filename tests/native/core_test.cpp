@@ -90,8 +90,9 @@ static Case make(int index, unsigned used, DType param, DType state, bool specia
     c.dims.emplace_back();
     // strided: the parameter is [numel/3, 3] row by row, the others transposed, the gradient with every second element
     const int64_t outer = s.numel / 3;
-    if (s.strided) c.dims.back() = {outer, 3, 3, 1, 2, 2 * outer, 1, outer, 1, outer, 1, outer, 1, outer};
+    if (s.strided) c.dims.back() = {outer, 3, 3, 1, 2, 2 * outer, 1, outer, 1, outer, 1, outer, 1, outer, 1, outer};
     for (int k = 0; k < max_operands; k++) {
+      if (k == 2 + companion_slot) continue;
       if (k == 2 + average_slot ? !averaged : k >= 2 && !(used >> (k - 2) & 1)) continue;
       Case::Tensor t;
       t.dtype = row.dtype[k] = k < 2 ? param : k == 2 + average_slot ? (itemsize(param) == 2 ? DType::f32 : param) : state;
