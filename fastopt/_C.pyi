@@ -23,6 +23,8 @@ class Want(NamedTuple):
     state: int
     capturable: bool
     averages: bool
+    grad: int
+    companions: bool
     words: int
 
 class Done(NamedTuple): ...

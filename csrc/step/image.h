@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "counted.h"
 #include "rows.h"
@@ -17,8 +18,13 @@ struct Kernel {
   int device;
   unsigned used;
   DType param, state;
-  bool capturable, averages;              // averages: the table has a column for the parameters' running averages
-  bool operator==(const Kernel& other) const = default;
+  bool capturable, averages;              // averages: the table has a column for the parameters' running averages,
+  DType grad;
+  bool companions;                        // and then one for their companions
+  bool operator==(const Kernel& other) const {
+    auto all = [](const Kernel& k) { return std::tie(k.device, k.used, k.param, k.state, k.capturable, k.averages, k.grad, k.companions); };
+    return all(*this) == all(other);
+  }
 };
 
 // The hyper-parameters of a param group: numbers, or addresses of numbers on the device (0: there is none).
@@ -150,7 +156,7 @@ class Images {
   }
 
  private:
-  int64_t columns(const Image& image) const { return 4 + slots + image.kernel.averages; }
+  int64_t columns(const Image& image) const { return 4 + slots + image.kernel.averages + image.kernel.companions; }
   int64_t scalar_bytes(const Image& image) const { return int64_t(scalars) * (computes_in_f64(image.kernel.param) ? 8 : 4); }
 
   static void start(Image& image) { image.filled = image.scalar_rows = image.groups = 0, image.last_scalars = image.last_group = -1; }
@@ -171,7 +177,9 @@ class Images {
 
   void put_addresses(Image& image, const Row& row, const Placed& place, const Vec<Hypers>& groups) const {
     for (int k = 0; k < 2 + slots; k++) put(image, place.table_at + 2 + k, reinterpret_cast<int64_t>(row.data[k]));
-    if (image.kernel.averages) put(image, place.table_at + 4 + slots, reinterpret_cast<int64_t>(row.data[2 + average_slot]));
+    int64_t at = place.table_at + 4 + slots;
+    if (image.kernel.averages) put(image, at++, reinterpret_cast<int64_t>(row.data[2 + average_slot]));
+    if (image.kernel.companions) put(image, at, reinterpret_cast<int64_t>(row.data[2 + companion_slot]));
     if (!image.kernel.capturable) return;
     const Hypers& hypers = groups[place.group];
     put(image, place.hypers_at, place.count_address);
