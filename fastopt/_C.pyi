@@ -25,6 +25,7 @@ class Want(NamedTuple):
     averages: bool
     grad: int
     companions: bool
+    draws: bool
     words: int
 
 class Done(NamedTuple): ...

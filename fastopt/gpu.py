@@ -149,12 +149,12 @@ class Bucket(Uploads):
         super().__init__(device)
         self.algorithm, self.used, capturable = algorithm, want.used, want.capturable
         self.dtype, self.grad_dtype, self.state_dtype = DTYPES[want.param], DTYPES[want.grad], DTYPES[want.state]
-        self.averages, self.companions = want.averages, want.companions
+        self.averages, self.companions, self.draws = want.averages, want.companions, want.draws
         self.launchers: dict[Stages, Launchers] = {}
         self.preparer: Any = None
         if capturable:
             self.preparer = multi_tensor.prepare_launcher(algorithm, self.dtype, device.index or 0)
-        self.columns = multi_tensor.table_columns(algorithm, want.averages, want.companions)
+        self.columns = multi_tensor.table_columns(algorithm, want.averages, want.companions, want.draws)
         words = multi_tensor.scalars_words(algorithm, self.dtype)
         self.no_words, self._row_of_scalars = (0,) * words, ctypes.c_int64 * words
         self.one_row = False
@@ -169,7 +169,8 @@ class Bucket(Uploads):
         index = self.device.index or 0
         unscales, clips, norm_known = stages
         kind = self.algorithm, self.used, self.dtype, self.state_dtype
-        beside = unscales + clips, self.averages, self.grad_dtype, self.companions
+        draws = 0 if not self.draws else 1 if self.preparer is None else 2
+        beside = unscales + clips, self.averages, self.grad_dtype, self.companions, draws
         update = multi_tensor.update_launcher(*kind, index, *beside)
         norm = finish = None
         if clips:

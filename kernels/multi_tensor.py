@@ -8,9 +8,9 @@ uploading them, streams and devices are the caller's.
     launcher.launch(programs, stream, work, table, scalars, words)                       # integers, all of them
 
 A launch serves the tensors that share the algorithm, the state slots in use (a bit mask), the dtype of the param, that
-of its state and that of its grad, which is the param's, or fp32 of 16-bit params. It reads three arrays in device memory, each aligned to 8 bytes. In one buffer and in
-this order they need one upload, of what lies behind the first change: work changes with the shapes, table with the
-addresses, scalars with every step.
+of its state and that of its grad, which is the param's, or fp32 of 16-bit params. It reads three arrays in device
+memory, each aligned to 8 bytes. In one buffer and in this order they need one upload, of what lies behind the first
+change: work changes with the shapes, table with the addresses, scalars with every step.
 
     work     int64[programs]              row << 32 | chunk: one program steps the elements from chunk * CHUNK up to
                                           (chunk + 1) * CHUNK of the tensor in this row of the table, all moved
@@ -20,7 +20,8 @@ addresses, scalars with every step.
                                           the address of each state slot in the order of SLOTS, 0 if it is not in use.
                                           All of them dense, in the same element order, aligned to their dtype.
                                           With AVERAGE one column more: the address of the param's running average;
-                                          with COMPANION another: the address of what the param's 16 bits lack.
+                                          with COMPANION another: the address of what the param's 16 bits lack;
+                                          with DRAWS three: seed, position and step count (csrc/step/rows.h, Draws).
     scalars  T[rows, len(SCALARS)]        in the order of SCALARS; tensors may share a row. T is fp64 for fp64
                                           parameters, else fp32.
 
@@ -37,6 +38,8 @@ brings more words behind those:
     COMPANION  bool      no word. The update is of the param's master: of bf16, joined with an int16 remainder; of fp16,
                          an fp32 number, which begins anew where the param is not it, rounded. The average is the
                          master's.
+    DRAWS    0, 1 or 2   no word. The param, of 16 bits, is rounded with random bits; 2: for the step count there is the
+                         address of one that `prepare` counts.
 
 The host cannot change what a captured graph reads from it, so `prepare` counts the steps and computes the scalars on
 the device, from an array of addresses; the update follows on the same stream and reads row i of scalars for row i.
@@ -55,7 +58,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from .arithmetic import join, lerp, part
+from .arithmetic import join, lerp, narrow_stochastically, part, random_bits
 
 CHUNK = 4096  # elements per program: what it does once is then a tenth of Adam's instructions; to be tuned on hardware
 THREADS = 128  # per program
@@ -108,9 +111,22 @@ def master_of(number, companion):
 
 
 @triton.jit
+def _random(draws, element, leading):
+    """16 random bits of each element. Those of a row of them, at most 8 behind the leading one, lie in two blocks."""
+    block, place = element >> 3, element & 7
+    first = leading >> 3
+    random = random_bits(draws[0], draws[1], draws[2], draws[3], draws[4], first, place)
+    if len(element.shape) == 2:
+        next_one = random_bits(draws[0], draws[1], draws[2], draws[3], draws[4], first + 1, place)
+        random = tl.where(block == first, random, next_one)
+    return random
+
+
+@triton.jit
 def _step(param_ptr, grad_ptr, state_ptrs, average_ptr, companion_ptr, offsets, mask, h, factors, weight,
+          draws, element, leading,
           update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, FACTORS: tl.constexpr, AVERAGE: tl.constexpr,
-          COMPANION: tl.constexpr, T: tl.constexpr, EVICTION: tl.constexpr):
+          COMPANION: tl.constexpr, DRAWS: tl.constexpr, T: tl.constexpr, EVICTION: tl.constexpr):
     number = tl.load(param_ptr + offsets, mask, eviction_policy=EVICTION)
     if COMPANION:
         param = master_of(number, tl.load(companion_ptr + offsets, mask, eviction_policy=EVICTION))
@@ -132,7 +148,10 @@ def _step(param_ptr, grad_ptr, state_ptrs, average_ptr, companion_ptr, offsets, 
     if COMPANION and param_ptr.dtype.element_ty == tl.bfloat16:
         number, companion = part(param)
     else:
-        number = param.to(param_ptr.dtype.element_ty)
+        if DRAWS:
+            number = narrow_stochastically(param, _random(draws, element, leading), param_ptr.dtype.element_ty)
+        else:
+            number = param.to(param_ptr.dtype.element_ty)
         companion = param
         if not COMPANION:
             value = number.to(T)
@@ -153,11 +172,12 @@ def multi_tensor_update(work, table, scalars, words,
                         PARAM: tl.constexpr, STATE: tl.constexpr,
                         CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr,
                         EVICTION: tl.constexpr, FACTORS: tl.constexpr, AVERAGE: tl.constexpr,
-                        GRAD: tl.constexpr, COMPANION: tl.constexpr):
+                        GRAD: tl.constexpr, COMPANION: tl.constexpr, DRAWS: tl.constexpr):
     """One program: one chunk of one tensor, BLOCK elements at a time in vectors of VEC, the rest TAIL at a time."""
     T: tl.constexpr = scalars.dtype.element_ty
     entry = tl.load(work + tl.program_id(0))
-    row = table + (entry >> 32) * (4 + SLOTS + AVERAGE + COMPANION)
+    COLUMNS: tl.constexpr = 4 + SLOTS + AVERAGE + COMPANION + (3 if DRAWS else 0)
+    row = table + (entry >> 32) * COLUMNS
     BESIDE: tl.constexpr = tl.int16 if PARAM == tl.bfloat16 else tl.float32  # dtype of a companion
     base = (entry & 0xffffffff) * CHUNK
     numel = tl.load(row) - base
@@ -182,6 +202,13 @@ def multi_tensor_update(work, table, scalars, words,
     companion = tl.load(row + 4 + SLOTS + AVERAGE) if COMPANION else param
     if COMPANION:
         unlike |= off ^ _off(companion, BESIDE, VEC)
+    draws = ()
+    if DRAWS:
+        seed, position, count = tl.load(row + COLUMNS - 3), tl.load(row + COLUMNS - 2), tl.load(row + COLUMNS - 1)
+        if DRAWS == 2:
+            count = number_at(count).to(tl.int64)
+        draws = (seed.to(tl.uint32), (seed >> 32).to(tl.uint32),
+                 (count >> 32).to(tl.uint32) << 16, count.to(tl.uint32), position.to(tl.uint32))
     options: tl.constexpr = (SCALARS * T.primitive_bitwidth + 63) // 64  # the words behind the scalars'
     factors = ()
     for i in tl.static_range(FACTORS):
@@ -207,8 +234,10 @@ def multi_tensor_update(work, table, scalars, words,
     column = tl.arange(0, VEC)[None, :]
     for start in range(0, vectors, BLOCK // VEC):
         mask = (start + vector >= first) & (start + vector < vectors) & (column >= 0)
+        leading = base + (start + vector) * VEC
         _step(param_ptr, grad_ptr, state_ptrs, average_ptr, companion_ptr, vector * VEC + column, mask,
-              h, factors, weight, update, USED, SLOTS, FACTORS, AVERAGE, COMPANION, T, EVICTION)
+              h, factors, weight, draws, leading + column, leading,
+              update, USED, SLOTS, FACTORS, AVERAGE, COMPANION, DRAWS, T, EVICTION)
         param_ptr += BLOCK
         grad_ptr += BLOCK
         state_ptrs = [pointer + BLOCK for pointer in state_ptrs]
@@ -226,7 +255,8 @@ def multi_tensor_update(work, table, scalars, words,
         offsets += tl.where(offsets < first * VEC, 0, covered)
         mask = (offsets < numel) & (offsets >= before)
         _step(param_ptr, grad_ptr, state_ptrs, average_ptr, companion_ptr, offsets, mask,
-              h, factors, weight, update, USED, SLOTS, FACTORS, AVERAGE, COMPANION, T, EVICTION)
+              h, factors, weight, draws, base + offsets, base + offsets,
+              update, USED, SLOTS, FACTORS, AVERAGE, COMPANION, DRAWS, T, EVICTION)
 
 
 @triton.jit
@@ -302,12 +332,12 @@ def prepare_launcher(algorithm, dtype, device):
 
 
 def update_kernel(
-    algorithm, used, dtype, state_dtype, warp_size, factors=0, average=False, grad_dtype=None, companion=False
+    algorithm, used, dtype, state_dtype, warp_size, factors=0, average=False, grad_dtype=None, companion=False, draws=0
 ):
     """What there is to compile: the kernel, arguments like those of a launch, its constants, and warps per program.
 
     A pointer is given by the dtype behind it. The last are FACTORS, AVERAGE, the gradients' dtype where it is not the
-    params', and COMPANION.
+    params', COMPANION and DRAWS.
     """
     grad_dtype = dtype if grad_dtype is None else grad_dtype
     module = importlib.import_module(f".{algorithm}", __package__)
@@ -317,7 +347,7 @@ def update_kernel(
     vector = VECTOR_BYTES // max(t.itemsize for t in (dtype, state_dtype, grad_dtype, compute if wide else dtype))
     tail = THREADS  # no fewer, or several threads would do the same element
     constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
-                 CHUNK, block, vector, tail, EVICTION, factors, average, _triton(grad_dtype), companion)
+                 CHUNK, block, vector, tail, EVICTION, factors, average, _triton(grad_dtype), companion, draws)
     words = (scalars_words(algorithm, dtype) + factors + average) * (AN_INT64,)
     return multi_tensor_update, (torch.int64, torch.int64, compute, words), constants, THREADS // warp_size
 
@@ -329,9 +359,9 @@ def prepare_kernel(algorithm, dtype):
     return multi_tensor_prepare, (torch.int64, compute_dtype(dtype)), constants, 1
 
 
-def table_columns(algorithm, average=False, companion=False):
+def table_columns(algorithm, average=False, companion=False, draws=False):
     """How many words a row of the table has."""
-    return 4 + len(importlib.import_module(f".{algorithm}", __package__).SLOTS) + average + companion
+    return 4 + len(importlib.import_module(f".{algorithm}", __package__).SLOTS) + average + companion + 3 * draws
 
 
 def scalars_words(algorithm, dtype):

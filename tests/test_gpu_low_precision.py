@@ -1,11 +1,9 @@
-"""16-bit parameters with master weights and with float32 gradients on GPUs, without one: the bits of the C++ backend."""
+"""16-bit parameters that train as float32 ones on GPUs, without one: the bits of the C++ backend."""
 
 import itertools
 
 import pytest
 import torch
-
-import fastopt
 
 from .optimizers import ROWS
 from .reference import assert_same_bits, snapshot
@@ -25,6 +23,9 @@ WAYS = {
     "masters, float32 state": {"master_weights": True, "state_dtype": F32},
     "masters, averaged": {"master_weights": True, **EMA},
     "masters, clipped, float32 gradients": {"master_weights": True, "grad_dtype": F32, **CLIP},
+    "random bits": {"stochastic_rounding": True, "rounding_seed": 2**63 + 5},
+    "random bits, float32 state and gradients": {"stochastic_rounding": True, "state_dtype": F32, "grad_dtype": F32},
+    "random bits, clipped, averaged": {"stochastic_rounding": True, **CLIP, **EMA},
     "float32 gradients": {"grad_dtype": F32},
     "float32 gradients, clipped, averaged": {"grad_dtype": F32, **CLIP, **EMA},
 }
@@ -77,20 +78,10 @@ def test_bits_of_the_cpp_backend(row, dtype, way, gpu):
 
 @capturable_rows
 @every_dtype
-def test_masters_of_capturable_steps(row, dtype, gpu):
-    options = {"master_weights": True, "capturable": True, "state_dtype": F32}
-    _, actual, _ = run(row, dtype, **options)
+@pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding"])
+def test_capturable_steps(row, dtype, option, gpu):
+    options = {option: True, "state_dtype": F32}
+    _, actual, _ = run(row, dtype, **options, capturable=True)
     with on_cpu():
-        _, expected, _ = run(row, dtype, master_weights=True, state_dtype=F32)
+        _, expected, _ = run(row, dtype, **options)
     assert_same_bits(actual, expected, row.name)
-
-
-@every_dtype
-def test_stochastic_rounding_is_refused(dtype, gpu):
-    """Never done otherwise without a word."""
-    param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
-    optimizer = fastopt.AdamW([param], stochastic_rounding=True)
-    param.grad = torch.ones_like(param)
-    with pytest.raises(RuntimeError, match="stochastic_rounding: .* on a GPU there is no stochastic_rounding yet"):
-        optimizer.step()
-    assert torch.equal(param, torch.ones_like(param)) and not optimizer.state
