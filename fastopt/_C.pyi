@@ -23,6 +23,9 @@ class Want(NamedTuple):
     state: int
     capturable: bool
     averages: bool
+    grad: int
+    companions: bool
+    draws: bool
     words: int
 
 class Done(NamedTuple): ...

@@ -145,17 +145,16 @@ class Launchers(NamedTuple):
 class Bucket(Uploads):
     """The device buffer and the compiled kernels of rows that one launch serves."""
 
-    def __init__(
-        self, algorithm: str, device: torch.device, used: int, param: int, state: int, capturable: bool, averages: bool
-    ):
+    def __init__(self, algorithm: str, device: torch.device, want: Want):
         super().__init__(device)
-        self.algorithm, self.used, self.dtype, self.state_dtype = algorithm, used, DTYPES[param], DTYPES[state]
-        self.averages = averages
+        self.algorithm, self.used, capturable = algorithm, want.used, want.capturable
+        self.dtype, self.grad_dtype, self.state_dtype = DTYPES[want.param], DTYPES[want.grad], DTYPES[want.state]
+        self.averages, self.companions, self.draws = want.averages, want.companions, want.draws
         self.launchers: dict[Stages, Launchers] = {}
         self.preparer: Any = None
         if capturable:
             self.preparer = multi_tensor.prepare_launcher(algorithm, self.dtype, device.index or 0)
-        self.columns = multi_tensor.table_columns(algorithm, averages)
+        self.columns = multi_tensor.table_columns(algorithm, want.averages, want.companions, want.draws)
         words = multi_tensor.scalars_words(algorithm, self.dtype)
         self.no_words, self._row_of_scalars = (0,) * words, ctypes.c_int64 * words
         self.one_row = False
@@ -170,14 +169,16 @@ class Bucket(Uploads):
         index = self.device.index or 0
         unscales, clips, norm_known = stages
         kind = self.algorithm, self.used, self.dtype, self.state_dtype
-        update = multi_tensor.update_launcher(*kind, index, unscales + clips, self.averages)
+        draws = 0 if not self.draws else 1 if self.preparer is None else 2
+        beside = unscales + clips, self.averages, self.grad_dtype, self.companions, draws
+        update = multi_tensor.update_launcher(*kind, index, *beside)
         norm = finish = None
         if clips:
             kind_of_norm = passes.GIVEN if norm_known else passes.SQUARES
             finish = passes.finish_launcher(kind_of_norm.value, self.norm_dtype, index)
         if clips and not norm_known:
-            table = self.algorithm, self.averages
-            norm = passes.step_norm_launcher(passes.SQUARES.value, self.dtype, index, *table, int(unscales))
+            kind_of_pass = passes.SQUARES.value, self.grad_dtype, index
+            norm = passes.step_norm_launcher(*kind_of_pass, self.columns, int(unscales))
         self.launchers[stages] = Launchers(update, norm, finish)
 
     @property
@@ -317,8 +318,7 @@ class Gpu:
             with _current(device):
                 bucket = self.buckets.get(want.image)
                 if bucket is None:
-                    kernel = want.used, want.param, want.state, want.capturable, want.averages
-                    bucket = self._bucket(device, *kernel)
+                    bucket = self._bucket(device, want)
                     self._compile(bucket, Stages.of(extras))
                     bucket.grow(want.words)
                     self.buckets[want.image] = bucket
@@ -326,9 +326,9 @@ class Gpu:
                     bucket.grow(want.words * 2)
             self._use_buffers(optimizer, [want.image])
 
-    def _bucket(self, device: torch.device, *kind: Any) -> Bucket:
+    def _bucket(self, device: torch.device, want: Want) -> Bucket:
         with self._compiling(device):
-            return Bucket(self.algorithm, device, *kind)
+            return Bucket(self.algorithm, device, want)
 
     def _compile(self, bucket: Bucket, stages: Stages) -> None:
         with self._compiling(bucket.device):

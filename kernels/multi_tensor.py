@@ -7,10 +7,10 @@ uploading them, streams and devices are the caller's.
     launcher = update_launcher("adam", 0b011, torch.float32, torch.float32, device=0)    # compiles once
     launcher.launch(programs, stream, work, table, scalars, words)                       # integers, all of them
 
-A launch serves the tensors that share the algorithm, the state slots in use (a bit mask), the dtype of param and grad,
-and the dtype of their state. It reads three arrays in device memory, each aligned to 8 bytes. In one buffer and in
-this order they need one upload, of what lies behind the first change: work changes with the shapes, table with the
-addresses, scalars with every step.
+A launch serves the tensors that share the algorithm, the state slots in use (a bit mask), the dtype of the param, that
+of its state and that of its grad, which is the param's, or fp32 of 16-bit params. It reads three arrays in device
+memory, each aligned to 8 bytes. In one buffer and in this order they need one upload, of what lies behind the first
+change: work changes with the shapes, table with the addresses, scalars with every step.
 
     work     int64[programs]              row << 32 | chunk: one program steps the elements from chunk * CHUNK up to
                                           (chunk + 1) * CHUNK of the tensor in this row of the table, all moved
@@ -19,7 +19,9 @@ addresses, scalars with every step.
     table    int64[rows, 4 + len(SLOTS)]  a row per tensor: numel; its row of scalars; the addresses of param and grad;
                                           the address of each state slot in the order of SLOTS, 0 if it is not in use.
                                           All of them dense, in the same element order, aligned to their dtype.
-                                          With AVERAGE one column more: the address of the param's running average.
+                                          With AVERAGE one column more: the address of the param's running average;
+                                          with COMPANION another: the address of what the param's 16 bits lack;
+                                          with DRAWS three: seed, position and step count (csrc/step/rows.h, Draws).
     scalars  T[rows, len(SCALARS)]        in the order of SCALARS; tensors may share a row. T is fp64 for fp64
                                           parameters, else fp32.
 
@@ -33,6 +35,11 @@ brings more words behind those:
                          is loaded, one after the other, each time rounded to its dtype. In memory it stays as it is.
     AVERAGE  bool        the bits of an fp64 number: the weight of the param, as it is stored, in its running average,
                          of dtype T, which becomes torch.lerp of both.
+    COMPANION  bool      no word. The update is of the param's master: of bf16, joined with an int16 remainder; of fp16,
+                         an fp32 number, which begins anew where the param is not it, rounded. The average is the
+                         master's.
+    DRAWS    0, 1 or 2   no word. The param, of 16 bits, is rounded with random bits; 2: for the step count there is the
+                         address of one that `prepare` counts.
 
 The host cannot change what a captured graph reads from it, so `prepare` counts the steps and computes the scalars on
 the device, from an array of addresses; the update follows on the same stream and reads row i of scalars for row i.
@@ -51,7 +58,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from .arithmetic import lerp
+from .arithmetic import join, lerp, narrow_stochastically, part, random_bits
 
 CHUNK = 4096  # elements per program: what it does once is then a tenth of Adam's instructions; to be tuned on hardware
 THREADS = 128  # per program
@@ -94,10 +101,37 @@ def scaled(grad, factor, dtype: tl.constexpr):
 
 
 @triton.jit
-def _step(param_ptr, grad_ptr, state_ptrs, average_ptr, offsets, mask, h, factors, weight,
+def master_of(number, companion):
+    """The fp32 number behind a 16-bit one: csrc/step/companions.h says of what."""
+    if number.dtype == tl.bfloat16:
+        return join(number, companion)
+    else:
+        followed = companion.to(tl.float16).to(tl.uint16, bitcast=True) == number.to(tl.uint16, bitcast=True)
+        return tl.where(followed, companion, number.to(tl.float32))
+
+
+@triton.jit
+def _random(draws, element, leading):
+    """16 random bits of each element. Those of a row of them, at most 8 behind the leading one, lie in two blocks."""
+    block, place = element >> 3, element & 7
+    first = leading >> 3
+    random = random_bits(draws[0], draws[1], draws[2], draws[3], draws[4], first, place)
+    if len(element.shape) == 2:
+        next_one = random_bits(draws[0], draws[1], draws[2], draws[3], draws[4], first + 1, place)
+        random = tl.where(block == first, random, next_one)
+    return random
+
+
+@triton.jit
+def _step(param_ptr, grad_ptr, state_ptrs, average_ptr, companion_ptr, offsets, mask, h, factors, weight,
+          draws, element, leading,
           update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, FACTORS: tl.constexpr, AVERAGE: tl.constexpr,
-          T: tl.constexpr, EVICTION: tl.constexpr):
-    param = tl.load(param_ptr + offsets, mask, eviction_policy=EVICTION).to(T)
+          COMPANION: tl.constexpr, DRAWS: tl.constexpr, T: tl.constexpr, EVICTION: tl.constexpr):
+    number = tl.load(param_ptr + offsets, mask, eviction_policy=EVICTION)
+    if COMPANION:
+        param = master_of(number, tl.load(companion_ptr + offsets, mask, eviction_policy=EVICTION))
+    else:
+        param = number.to(T)
     grad = tl.load(grad_ptr + offsets, mask, eviction_policy=EVICTION).to(T)
     for i in tl.static_range(FACTORS):
         grad = scaled(grad, factors[i], grad_ptr.dtype.element_ty)
@@ -110,14 +144,26 @@ def _step(param_ptr, grad_ptr, state_ptrs, average_ptr, offsets, mask, h, factor
     if AVERAGE:
         average = tl.load(average_ptr + offsets, mask, eviction_policy=EVICTION)
     param, state = update(param, grad, state, h, USED)
-    param = param.to(param_ptr.dtype.element_ty)
-    tl.store(param_ptr + offsets, param, mask, eviction_policy=EVICTION)
+    value = param
+    if COMPANION and param_ptr.dtype.element_ty == tl.bfloat16:
+        number, companion = part(param)
+    else:
+        if DRAWS:
+            number = narrow_stochastically(param, _random(draws, element, leading), param_ptr.dtype.element_ty)
+        else:
+            number = param.to(param_ptr.dtype.element_ty)
+        companion = param
+        if not COMPANION:
+            value = number.to(T)
+    tl.store(param_ptr + offsets, number, mask, eviction_policy=EVICTION)
+    if COMPANION:
+        tl.store(companion_ptr + offsets, companion, mask, eviction_policy=EVICTION)
     for slot in tl.static_range(SLOTS):
         if (USED >> slot) & 1:
-            value = state[slot].to(state_ptrs[slot].dtype.element_ty)
-            tl.store(state_ptrs[slot] + offsets, value, mask, eviction_policy=EVICTION)
+            rounded = state[slot].to(state_ptrs[slot].dtype.element_ty)
+            tl.store(state_ptrs[slot] + offsets, rounded, mask, eviction_policy=EVICTION)
     if AVERAGE:
-        tl.store(average_ptr + offsets, lerp(average, param.to(T), weight), mask, eviction_policy=EVICTION)
+        tl.store(average_ptr + offsets, lerp(average, value, weight), mask, eviction_policy=EVICTION)
 
 
 @triton.jit(do_not_specialize=["work", "table", "scalars", "words"])
@@ -125,11 +171,14 @@ def multi_tensor_update(work, table, scalars, words,
                         update: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr, SCALARS: tl.constexpr,
                         PARAM: tl.constexpr, STATE: tl.constexpr,
                         CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr,
-                        EVICTION: tl.constexpr, FACTORS: tl.constexpr, AVERAGE: tl.constexpr):
+                        EVICTION: tl.constexpr, FACTORS: tl.constexpr, AVERAGE: tl.constexpr,
+                        GRAD: tl.constexpr, COMPANION: tl.constexpr, DRAWS: tl.constexpr):
     """One program: one chunk of one tensor, BLOCK elements at a time in vectors of VEC, the rest TAIL at a time."""
     T: tl.constexpr = scalars.dtype.element_ty
     entry = tl.load(work + tl.program_id(0))
-    row = table + (entry >> 32) * (4 + SLOTS + AVERAGE)
+    COLUMNS: tl.constexpr = 4 + SLOTS + AVERAGE + COMPANION + (3 if DRAWS else 0)
+    row = table + (entry >> 32) * COLUMNS
+    BESIDE: tl.constexpr = tl.int16 if PARAM == tl.bfloat16 else tl.float32  # dtype of a companion
     base = (entry & 0xffffffff) * CHUNK
     numel = tl.load(row) - base
     in_memory = scalars.to(tl.int64) != 0
@@ -140,7 +189,7 @@ def multi_tensor_update(work, table, scalars, words,
     param = tl.load(row + 2)
     grad = tl.load(row + 3)
     off = _off(param, PARAM, VEC)
-    unlike = off ^ _off(grad, PARAM, VEC)
+    unlike = off ^ _off(grad, GRAD, VEC)
     state = ()
     for slot in tl.static_range(SLOTS):
         address = tl.load(row + 4 + slot)
@@ -150,6 +199,16 @@ def multi_tensor_update(work, table, scalars, words,
     average = tl.load(row + 4 + SLOTS) if AVERAGE else param
     if AVERAGE:
         unlike |= off ^ _off(average, T, VEC)
+    companion = tl.load(row + 4 + SLOTS + AVERAGE) if COMPANION else param
+    if COMPANION:
+        unlike |= off ^ _off(companion, BESIDE, VEC)
+    draws = ()
+    if DRAWS:
+        seed, position, count = tl.load(row + COLUMNS - 3), tl.load(row + COLUMNS - 2), tl.load(row + COLUMNS - 1)
+        if DRAWS == 2:
+            count = number_at(count).to(tl.int64)
+        draws = (seed.to(tl.uint32), (seed >> 32).to(tl.uint32),
+                 (count >> 32).to(tl.uint32) << 16, count.to(tl.uint32), position.to(tl.uint32))
     options: tl.constexpr = (SCALARS * T.primitive_bitwidth + 63) // 64  # the words behind the scalars'
     factors = ()
     for i in tl.static_range(FACTORS):
@@ -166,31 +225,38 @@ def multi_tensor_update(work, table, scalars, words,
     vectors = tl.where(unlike == 0, numel // VEC, 0)
     first = tl.where(before == 0, 0, 1)
     param_ptr = _aligned_pointer(param, base, PARAM, VEC)
-    grad_ptr = _aligned_pointer(grad, base, PARAM, VEC)
+    grad_ptr = _aligned_pointer(grad, base, GRAD, VEC)
     state_ptrs = [_aligned_pointer(address, base, STATE, VEC) for address in state]
     average_ptr = _aligned_pointer(average, base, T, VEC)
+    companion_ptr = _aligned_pointer(companion, base, BESIDE, VEC)
     # The mask must be constant along a vector, and be seen to be: a mask on the rows of a two-dimensional block is.
     vector = tl.arange(0, BLOCK // VEC)[:, None]
     column = tl.arange(0, VEC)[None, :]
     for start in range(0, vectors, BLOCK // VEC):
         mask = (start + vector >= first) & (start + vector < vectors) & (column >= 0)
-        _step(param_ptr, grad_ptr, state_ptrs, average_ptr, vector * VEC + column, mask, h, factors, weight,
-              update, USED, SLOTS, FACTORS, AVERAGE, T, EVICTION)
+        leading = base + (start + vector) * VEC
+        _step(param_ptr, grad_ptr, state_ptrs, average_ptr, companion_ptr, vector * VEC + column, mask,
+              h, factors, weight, draws, leading + column, leading,
+              update, USED, SLOTS, FACTORS, AVERAGE, COMPANION, DRAWS, T, EVICTION)
         param_ptr += BLOCK
         grad_ptr += BLOCK
         state_ptrs = [pointer + BLOCK for pointer in state_ptrs]
         average_ptr += BLOCK
+        companion_ptr += BLOCK
 
     param_ptr = _pointer(param, base, PARAM)
-    grad_ptr = _pointer(grad, base, PARAM)
+    grad_ptr = _pointer(grad, base, GRAD)
     state_ptrs = [_pointer(address, base, STATE) for address in state]
     average_ptr = _pointer(average, base, T)
+    companion_ptr = _pointer(companion, base, BESIDE)
     covered = tl.maximum(vectors - first, 0) * VEC  # by vectors
     for start in range(0, numel - covered, TAIL):
         offsets = start + tl.arange(0, TAIL)
         offsets += tl.where(offsets < first * VEC, 0, covered)
-        _step(param_ptr, grad_ptr, state_ptrs, average_ptr, offsets, (offsets < numel) & (offsets >= before),
-              h, factors, weight, update, USED, SLOTS, FACTORS, AVERAGE, T, EVICTION)
+        mask = (offsets < numel) & (offsets >= before)
+        _step(param_ptr, grad_ptr, state_ptrs, average_ptr, companion_ptr, offsets, mask,
+              h, factors, weight, draws, base + offsets, base + offsets,
+              update, USED, SLOTS, FACTORS, AVERAGE, COMPANION, DRAWS, T, EVICTION)
 
 
 @triton.jit
@@ -249,13 +315,14 @@ class Launcher:
 
 
 @functools.cache
-def update_launcher(algorithm, used, dtype, state_dtype, device, factors=0, average=False):
+def update_launcher(algorithm, used, dtype, state_dtype, device, *beside):
     """The Launcher of (work, table, scalars, words) for a module of this package, a mask of its SLOTS and two dtypes.
 
-    The dtypes are torch's; device is the index of the device, which must be the current one; FACTORS and AVERAGE.
+    The dtypes are torch's; device is the index of the device, which must be the current one; beside: what
+    `update_kernel` takes behind the warp size.
     """
     warp_size = driver.active.get_current_target().warp_size
-    return Launcher(*update_kernel(algorithm, used, dtype, state_dtype, warp_size, factors, average))
+    return Launcher(*update_kernel(algorithm, used, dtype, state_dtype, warp_size, *beside))
 
 
 @functools.cache
@@ -264,18 +331,23 @@ def prepare_launcher(algorithm, dtype, device):
     return Launcher(*prepare_kernel(algorithm, dtype))
 
 
-def update_kernel(algorithm, used, dtype, state_dtype, warp_size, factors=0, average=False):
+def update_kernel(
+    algorithm, used, dtype, state_dtype, warp_size, factors=0, average=False, grad_dtype=None, companion=False, draws=0
+):
     """What there is to compile: the kernel, arguments like those of a launch, its constants, and warps per program.
 
-    A pointer is given by the dtype behind it.
+    A pointer is given by the dtype behind it. The last are FACTORS, AVERAGE, the gradients' dtype where it is not the
+    params', COMPANION and DRAWS.
     """
+    grad_dtype = dtype if grad_dtype is None else grad_dtype
     module = importlib.import_module(f".{algorithm}", __package__)
     compute = compute_dtype(dtype)
     block = THREADS * THREAD_BYTES // compute.itemsize
-    vector = VECTOR_BYTES // max(dtype.itemsize, state_dtype.itemsize, compute.itemsize if average else 0)
+    wide = average or (companion and dtype == torch.float16)
+    vector = VECTOR_BYTES // max(t.itemsize for t in (dtype, state_dtype, grad_dtype, compute if wide else dtype))
     tail = THREADS  # no fewer, or several threads would do the same element
     constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
-                 CHUNK, block, vector, tail, EVICTION, factors, average)
+                 CHUNK, block, vector, tail, EVICTION, factors, average, _triton(grad_dtype), companion, draws)
     words = (scalars_words(algorithm, dtype) + factors + average) * (AN_INT64,)
     return multi_tensor_update, (torch.int64, torch.int64, compute, words), constants, THREADS // warp_size
 
@@ -287,9 +359,9 @@ def prepare_kernel(algorithm, dtype):
     return multi_tensor_prepare, (torch.int64, compute_dtype(dtype)), constants, 1
 
 
-def table_columns(algorithm, average=False):
+def table_columns(algorithm, average=False, companion=False, draws=False):
     """How many words a row of the table has."""
-    return 4 + len(importlib.import_module(f".{algorithm}", __package__).SLOTS) + average
+    return 4 + len(importlib.import_module(f".{algorithm}", __package__).SLOTS) + average + companion + 3 * draws
 
 
 def scalars_words(algorithm, dtype):

@@ -40,7 +40,6 @@ from .multi_tensor import (
     compute_dtype,
     number_at,
     scaled,
-    table_columns,
 )
 
 # The norms, by the numbers of csrc/step/isa.h: sums of magnitudes, of squares, the largest magnitude. Or it is known.
@@ -303,9 +302,9 @@ def norm_launcher(norm, dtype, device, factors=0):
 
 
 @functools.cache
-def step_norm_launcher(norm, dtype, device, algorithm, average, factors):
-    """The same of a step's gradients, by the work and the table of multi_tensor.py."""
-    return _launcher(norm_kernel, norm, dtype, table_columns(algorithm, average), 3, factors)
+def step_norm_launcher(norm, dtype, device, columns, factors):
+    """The same of a step's gradients, by the work and the table of multi_tensor.py, of so many columns."""
+    return _launcher(norm_kernel, norm, dtype, columns, 3, factors)
 
 
 @functools.cache

@@ -478,7 +478,7 @@ def test_accesses_are_wide(row, dtype, idle_gpu):
     """16 bytes at a time, of what is not narrower than another operand."""
     used = (1 << len(row.slots)) - 1
     update = multi_tensor.update_launcher(row.module, used, dtype, dtype, 90, 2, True)
-    norm = passes.step_norm_launcher(1, dtype, 90, row.module, True, 1)
+    norm = passes.step_norm_launcher(1, dtype, 90, multi_tensor.table_columns(row.module, True), 1)
     wide = {F32: "v4.b32", F64: "v2.b64", BF16: "v4.b32"}[dtype]
     ptx = update.compiled.asm["ptx"]
     operands = 1 if dtype == BF16 else 3 + len(row.slots)  # that are loaded; the average has 32 bits

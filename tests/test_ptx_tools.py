@@ -126,6 +126,14 @@ def truncating_quotient(a, b):
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
+def picked_bytes(a, b, selector):
+    """Of prmt: four of the eight bytes of a and b, or 0 or 255 by the sign of one."""
+    data = int(a).to_bytes(4, "little") + int(b).to_bytes(4, "little")
+    nibbles = [int(selector) >> 4 * i & 15 for i in range(4)]
+    picked = [data[n & 7] if n < 8 else 255 * (data[n & 7] >> 7) for n in nibbles]
+    return int.from_bytes(bytes(picked), "little")
+
+
 def to_integer(kind, source):
     limits = np.iinfo(NUMPY[kind])
     nan = 0 if (bits_of(kind), source) == (32, "f32") else 1 << bits_of(kind) - 1
@@ -212,6 +220,7 @@ def cases():
         yield f"selp.{kind}", kind, [kind, kind, "pred"], lambda a, b, p: a if p else b
         for relation in ("eq", "ne"):
             yield f"setp.{relation}.{kind}", "pred", [kind] * 2, RELATIONS[relation]
+    yield "prmt.b32", "b32", ["b32"] * 3, picked_bytes
     for kind in ("u32", "u64"):
         yield f"bfe.{kind}", kind, [kind, "u32", "u32"], lambda a, at, n: a >> (at & 255) & (1 << (n & 255)) - 1
     for kind in ("pred", "b16", "b32", "b64"):

@@ -51,7 +51,7 @@ struct Answers {
   AnswerType launch{"fastopt._C.Launch", "an image to upload and launch; places and sizes in words of 8 bytes",
                     {"image", "programs", "table_at", "scalars_at", "changed_from", "changed_to", "address", "prepared", "hypers_at"}};
   AnswerType want{"fastopt._C.Want", "an image without a kernel or with too small a buffer",
-                  {"image", "device", "used", "param", "state", "capturable", "averages", "words"}};
+                  {"image", "device", "used", "param", "state", "capturable", "averages", "grad", "companions", "draws", "words"}};
   AnswerType gpu_pass{"fastopt._C.GpuPass", "an image to upload and passes to launch; places and sizes in words of 8 bytes",
                       {"image", "device", "parts", "programs", "table_at", "words", "changed_from", "changed_to", "version", "address",
                        "number", "norm", "order"}};

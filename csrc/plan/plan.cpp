@@ -216,7 +216,8 @@ py::object Plan::wants(const Answers& answers) {
     if (image.wants_buffer())
       wants.append(answers.want({PyLong_FromSize_t(place), PyLong_FromLong(kernel.device), PyLong_FromLong(long(kernel.used)),
                                  PyLong_FromLong(int(kernel.param)), PyLong_FromLong(int(kernel.state)), PyBool_FromLong(kernel.capturable),
-                                 PyBool_FromLong(kernel.averages), PyLong_FromLongLong(image.needed)}));
+                                 PyBool_FromLong(kernel.averages), PyLong_FromLong(int(kernel.grad)),
+                                 PyBool_FromLong(kernel.companions), PyBool_FromLong(kernel.draws), PyLong_FromLongLong(image.needed)}));
     place++;
   }
   if (wants.empty()) return py::object();

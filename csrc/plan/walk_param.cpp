@@ -155,7 +155,7 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
   auto is_alike = [&](const TensorImpl* t, caffe2::TypeMeta wanted) { return alike(t, wanted) && (!on_gpu || t->device() == device); };
   bool all_alike = is_alike(grad, param->dtype());  // in layout, until one is found that is not
   DType grad_dtype = dtype;
-  if (!all_alike) grad_dtype = check_grad(grad, param, dtype, !on_gpu && itemsize(dtype) == 2, where), all_alike = is_alike(grad, grad->dtype());
+  if (!all_alike) grad_dtype = check_grad(grad, param, dtype, itemsize(dtype) == 2, where), all_alike = is_alike(grad, grad->dtype());
 
   Batch& batch = on_gpu ? gpu : cpu;
   const unsigned used = options[f.group].used, wanted = state_of(f);
@@ -214,7 +214,6 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
   }
   const bool averages = wanted >> average_slot & 1;
   if (averages && row.dtype[2 + average_slot] != (computes_in_f64(dtype) ? DType::f64 : DType::f32)) throw Outside{"on a GPU, a running average of 16 bits"};
-  if (wanted >> companion_slot) throw Outside{"on a GPU, master_weights or stochastic_rounding"};
   if (layout >= 0) throw Outside{"on a GPU, a parameter, its gradient and state differ in strides"};
   const c10::DeviceIndex hypers_on = options[f.group].device;
   if (hypers_on >= 0 && hypers_on != index_of(device)) throw Outside{"a hyper-parameter is on another GPU than a parameter"};
@@ -225,7 +224,7 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
     if (!first && row.dtype[2 + k] != state_dtype) throw Outside{"on a GPU, the state tensors of a parameter differ in dtype"};
     state_dtype = row.dtype[2 + k], first = 0;
   }
-  place.image = images.find({index_of(device), used, dtype, state_dtype, capturable, averages});
+  place.image = images.find({index_of(device), used, dtype, state_dtype, capturable, averages, grad_dtype, bool(wanted >> companion_slot & 1), bool(wanted & draws_bit)});
 }
 
 DType Walk::check_state(const SeenParam& own, const Found& f, int k, DType param_dtype) const {

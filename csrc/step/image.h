@@ -18,9 +18,11 @@ struct Kernel {
   int device;
   unsigned used;
   DType param, state;
-  bool capturable, averages;              // averages: the table has a column for the parameters' running averages
+  bool capturable, averages;              // averages: the table has a column for the parameters' running averages,
+  DType grad;
+  bool companions, draws;                 // and one for their companions, and three for random bits
   bool operator==(const Kernel& other) const {
-    auto all = [](const Kernel& k) { return std::tie(k.device, k.used, k.param, k.state, k.capturable, k.averages); };
+    auto all = [](const Kernel& k) { return std::tie(k.device, k.used, k.param, k.state, k.capturable, k.averages, k.grad, k.companions, k.draws); };
     return all(*this) == all(other);
   }
 };
@@ -140,21 +142,23 @@ class Images {
     }
   }
 
-  // The same where nothing but addresses, hyper-parameters and the values of scalars can differ. `moved`: some of the former do.
+  // The same where nothing but addresses, hyper-parameters, step counts and the values of scalars can differ. `moved`: some of the former
+  // two do.
   void refresh(const Vec<Row>& rows, const Vec<Placed>& placed, const Vec<AnyScalars>& all_scalars, const Vec<Hypers>& groups, bool moved) {
     for (Image& image : images) {
       image.changed_from = int64_t(image.words.size()), image.changed_to = 0;
       for (size_t row = 0; row < image.scalars.size(); row++) put_scalars(image, row, all_scalars);
     }
-    if (!moved) return;
+    const bool draw = std::any_of(images.begin(), images.end(), [](const Image& image) { return image.kernel.draws; });
+    if (!moved && !draw) return;
     for (size_t r = 0; r < rows.size(); r++) {
       Image& image = images[placed[r].image];
-      if (placed[r].moved || image.kernel.capturable) put_addresses(image, rows[r], placed[r], groups);
+      if (placed[r].moved || image.kernel.draws || (moved && image.kernel.capturable)) put_addresses(image, rows[r], placed[r], groups);
     }
   }
 
  private:
-  int64_t columns(const Image& image) const { return 4 + slots + image.kernel.averages; }
+  int64_t columns(const Image& image) const { return 4 + slots + image.kernel.averages + image.kernel.companions + 3 * image.kernel.draws; }
   int64_t scalar_bytes(const Image& image) const { return int64_t(scalars) * (computes_in_f64(image.kernel.param) ? 8 : 4); }
 
   static void start(Image& image) { image.filled = image.scalar_rows = image.groups = 0, image.last_scalars = image.last_group = -1; }
@@ -175,7 +179,13 @@ class Images {
 
   void put_addresses(Image& image, const Row& row, const Placed& place, const Vec<Hypers>& groups) const {
     for (int k = 0; k < 2 + slots; k++) put(image, place.table_at + 2 + k, reinterpret_cast<int64_t>(row.data[k]));
-    if (image.kernel.averages) put(image, place.table_at + 4 + slots, reinterpret_cast<int64_t>(row.data[2 + average_slot]));
+    int64_t at = place.table_at + 4 + slots;
+    if (image.kernel.averages) put(image, at++, reinterpret_cast<int64_t>(row.data[2 + average_slot]));
+    if (image.kernel.companions) put(image, at++, reinterpret_cast<int64_t>(row.data[2 + companion_slot]));
+    if (image.kernel.draws) {
+      put(image, at, int64_t(row.draws.seed)), put(image, at + 1, row.draws.position);
+      put(image, at + 2, image.kernel.capturable ? place.count_address : int64_t(row.draws.step));
+    }
     if (!image.kernel.capturable) return;
     const Hypers& hypers = groups[place.group];
     put(image, place.hypers_at, place.count_address);

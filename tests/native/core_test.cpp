@@ -13,6 +13,8 @@
 #include "step/algorithms.h"
 #include "step/isa.h"
 #include "step/passes.h"
+#include "step/philox.h"
+#include "step/round.h"
 
 using namespace fastopt;
 
@@ -79,7 +81,8 @@ template <class Scalars, class Hyper> static void put_scalars(void* out) {
 }
 
 template <class O>
-static Case make(int index, unsigned used, DType param, DType state, bool special, const std::vector<Sizes>& sizes, bool averaged = false) {
+static Case make(int index, unsigned used, DType param, DType state, bool special, const std::vector<Sizes>& sizes, bool averaged = false,
+                 bool companions = false) {
   Case c;
   int64_t work = 0;
   for (Sizes s : sizes) {
@@ -92,10 +95,10 @@ static Case make(int index, unsigned used, DType param, DType state, bool specia
     const int64_t outer = s.numel / 3;
     if (s.strided) c.dims.back() = {outer, 3, 3, 1, 2, 2 * outer, 1, outer, 1, outer, 1, outer, 1, outer, 1, outer};
     for (int k = 0; k < max_operands; k++) {
-      if (k == 2 + companion_slot) continue;
-      if (k == 2 + average_slot ? !averaged : k >= 2 && !(used >> (k - 2) & 1)) continue;
+      if (k == 2 + companion_slot ? !companions : k == 2 + average_slot ? !averaged : k >= 2 && !(used >> (k - 2) & 1)) continue;
       Case::Tensor t;
-      t.dtype = row.dtype[k] = k < 2 ? param : k == 2 + average_slot ? (itemsize(param) == 2 ? DType::f32 : param) : state;
+      t.dtype = row.dtype[k] = k < 2 ? param : k == 2 + average_slot ? (itemsize(param) == 2 ? DType::f32 : param) :
+                             k == 2 + companion_slot ? (param == DType::bf16 ? param : DType::f32) : state;
       t.extent = s.strided && k == 1 ? 2 * s.numel - 1 : s.numel;
       const int64_t size = t.extent * itemsize(t.dtype), offset = s.numel % 2 * (k + 1) * itemsize(t.dtype);  // not aligned to vectors
       t.memory.reset(new char[size_t(offset + size)]);
@@ -227,11 +230,95 @@ template <class O> static void check_stages(int index) {
       }
 }
 
+// Where element i of an operand is, counted in the order of the parameter's memory.
+static int64_t place_of_element(const Row& row, int k, int64_t i) {
+  return row.layout ? i / 3 * row.layout->strides[k][0] + i % 3 * row.layout->strides[k][1] : i;
+}
+static float value_of(const Row& row, int k, int64_t i) {
+  const char* at = static_cast<const char*>(row.data[k]) + place_of_element(row, k, i) * itemsize(row.dtype[k]);
+  float value;
+  bfloat16 brain;
+  float16 half;
+  std::memcpy(&value, at, row.dtype[k] == DType::f32 ? 4 : 0);
+  std::memcpy(&brain, at, 2), std::memcpy(&half, at, 2);
+  return row.dtype[k] == DType::f32 ? value : row.dtype[k] == DType::bf16 ? widen(brain) : widen(half);
+}
+// The master of an element; a parameter of fp16 that is not it rounded is followed.
+static float master_of(const Row& row, int64_t i) {
+  constexpr int k = 2 + companion_slot;
+  const float param = value_of(row, 0, i);
+  if (row.dtype[0] == DType::bf16) {
+    bfloat16 brain;
+    int16_t remainder;
+    narrow(param, brain);
+    std::memcpy(&remainder, static_cast<const int16_t*>(row.data[k]) + place_of_element(row, k, i), 2);
+    return join(brain, remainder);
+  }
+  float16 rounded;
+  narrow(value_of(row, k, i), rounded);
+  return bits_of(widen(rounded)) == bits_of(param) ? value_of(row, k, i) : param;
+}
+static bool same(float a, float b) { return bits_of(a) == bits_of(b) || (a != a && b != b); }
+
+// Parameters of 16 bits with companions are stepped as fp32 ones, and those with random bits too, and then rounded: on every ISA,
+// however the work is cut.
+template <class O> static void check_kept(int index) {
+  const std::vector<Sizes> sizes = {{0, false}, {1, false}, {7, false}, {64, false}, {517, false}, {1029, true}, {3000, false}, {3, true}, {5000, false}};
+  const DType dtypes[][2] = {{DType::bf16, DType::bf16}, {DType::bf16, DType::f32}, {DType::f16, DType::f16}, {DType::f16, DType::f32}};
+  const unsigned used = (1u << sizeof(O::slots) / sizeof(char*)) - 1;
+  for (auto& dtype : dtypes)
+    for (const bool companions : {false, true})
+      for (const int factors : {0, 2})
+        for (int i = 0; i < isa_count; i++)
+          for (int threads : {1, 3}) {
+            if (!isas[i].supported()) continue;
+            Stages stages = {factors, {0.3, 0.7}, companions, 0.1, false};
+            auto fresh = [&] { random_state = 7; return make<O>(index, used, dtype[0], dtype[1], true, sizes, companions, companions); };
+            Case c = fresh(), wide = fresh();
+            std::vector<std::vector<float>> masters;
+            for (size_t r = 0; r < c.rows.size(); r++) {
+              Row& row = c.rows[r];
+              row.draws = {7, 3, uint32_t(r)};
+              if (companions && dtype[0] == DType::f16)     // of every third someone else wrote the number
+                for (int64_t e = 0; e < row.numel; e++)
+                  if (e % 3) static_cast<float*>(row.data[2 + companion_slot])[place_of_element(row, 2 + companion_slot, e)] = value_of(row, 0, e) * 1.0001f;
+              masters.emplace_back(size_t(row.numel));
+              for (int64_t e = 0; e < row.numel; e++) masters[r][size_t(e)] = companions ? master_of(row, e) : value_of(row, 0, e);
+              wide.rows[r].data[0] = masters[r].data(), wide.rows[r].dtype[0] = DType::f32, wide.rows[r].data[2 + companion_slot] = nullptr;
+            }
+            run_on(isas[0], wide, 1, stages);
+            stages.draws = !companions;
+            run_on(isas[i], c, threads, stages);
+            bool good = true;
+            for (size_t r = 0; r < c.rows.size(); r++) {
+              const Row& row = c.rows[r];
+              std::vector<uint16_t> randoms(size_t(row.numel + 7));
+              Randoms(7, 3, uint32_t(r)).draw(0, row.numel, randoms.data());
+              for (int64_t e = 0; e < row.numel; e++) {
+                const float expected = masters[r][size_t(e)];
+                bfloat16 brain;
+                float16 half;
+                int16_t remainder;
+                if (companions) part(expected, brain, remainder), narrow(expected, half);
+                else narrow_stochastically(expected, randoms[size_t(e)], brain), narrow_stochastically(expected, randoms[size_t(e)], half);
+                good &= same(value_of(row, 0, e), dtype[0] == DType::bf16 ? widen(brain) : widen(half));
+                good &= !companions || same(master_of(row, e), expected);
+                for (int k = 2; k < max_operands; k++)
+                  good &= k == 2 + companion_slot || !row.data[k] || same(value_of(row, k, e), value_of(wide.rows[r], k, e));
+              }
+            }
+            expect(good, "%s, 16-bit parameters %s, %d factors, dtypes %d/%d: %s on %d threads differs", O::name,
+                   companions ? "with companions" : "and random bits", factors, int(dtype[0]), int(dtype[1]), isas[i].name, threads);
+          }
+}
+
 template <class... O> static void check_all(std::tuple<O...>*) {
   int index = 0;
   (check<O>(index++), ...);
   index = 0;
   (check_stages<O>(index++), ...);
+  index = 0;
+  (check_kept<O>(index++), ...);
 }
 
 // A root divided by a known divisor must be the processor's division, for every mantissa, exponent and special value.

@@ -186,22 +186,27 @@ void change_numbers(Step& step, bool all) {
 void change_addresses(const Step& step, Row& row, Placed& placed) {
   for (int k = 0; k < 2 + step.slots; k++)
     if (k < 2 || random_below(2)) row.data[k] = reinterpret_cast<void*>(uintptr_t(random_bits()));
-  row.data[2 + average_slot] = reinterpret_cast<void*>(uintptr_t(random_bits()));
+  for (int k : {average_slot, companion_slot}) row.data[2 + k] = reinterpret_cast<void*>(uintptr_t(random_bits()));
   placed.count_address = random_bits();
 }
 
 // As a walk leaves them: group by group, scalars by group, step count and dtype.
 void make_rows(Step& step, Images& images) {
-  const Kernel kernels[] = {{0, 1, DType::f32, DType::f32, false, false}, {0, 1, DType::f64, DType::f64, false, false},
-                            {1, 1, DType::f32, DType::f32, false, false}, {0, 1, DType::f32, DType::f32, true, false},
-                            {0, 3, DType::bf16, DType::f32, false, false}, {0, 1, DType::f64, DType::f64, true, false},
-                            {0, 1, DType::f32, DType::f32, false, true}, {0, 1, DType::f32, DType::f32, true, true}};
+  const auto f32 = DType::f32, f64 = DType::f64, bf16 = DType::bf16;
+  const Kernel kernels[] = {{0, 1, f32, f32, false, false, f32, false, false}, {0, 1, f64, f64, false, false, f64, false, false},
+                            {1, 1, f32, f32, false, false, f32, false, false}, {0, 1, f32, f32, true, false, f32, false, false},
+                            {0, 3, bf16, f32, false, false, bf16, false, false}, {0, 1, f64, f64, true, false, f64, false, false},
+                            {0, 1, f32, f32, false, true, f32, false, false}, {0, 1, f32, f32, true, true, f32, false, false},
+                            {0, 3, bf16, f32, false, false, f32, false, false}, {0, 3, bf16, f32, false, false, bf16, true, false},
+                            {0, 3, bf16, f32, true, true, f32, true, false}, {0, 3, bf16, f32, false, true, bf16, false, true},
+                            {0, 3, bf16, f32, true, false, bf16, false, true}};
   step.rows.clear(), step.placed.clear(), step.all_scalars.resize(size_t(1 + random_below(6))), step.groups.resize(size_t(1 + random_below(4)));
   for (size_t group = 0; group < step.groups.size(); group++)
     for (int64_t i = random_below(8); i > 0; i--) {
       Row& row = step.rows.emplace_back();
       Placed& placed = step.placed.emplace_back();
       row = {}, placed = {};
+      row.draws = {random_bits() * 0x123456789u, random_bits(), random_bits()};
       row.numel = random_below(4) ? random_below(3 * chunk) : random_below(4) * chunk;
       placed.group = group, placed.scalars = size_t(random_below(int64_t(step.all_scalars.size())));
       placed.image = images.find(kernels[random_below(int64_t(sizeof kernels / sizeof *kernels))]);
@@ -231,6 +236,10 @@ std::vector<int64_t> naive_image(const Step& step, size_t number, const Kernel& 
     table.push_back(step.rows[r].numel), table.push_back(scalar_row);
     for (int k = 0; k < 2 + step.slots; k++) table.push_back(reinterpret_cast<int64_t>(step.rows[r].data[k]));
     if (kernel.averages) table.push_back(reinterpret_cast<int64_t>(step.rows[r].data[2 + average_slot]));
+    if (kernel.companions) table.push_back(reinterpret_cast<int64_t>(step.rows[r].data[2 + companion_slot]));
+    const Draws& draws = step.rows[r].draws;
+    if (kernel.draws)
+      for (const int64_t word : {int64_t(draws.seed), int64_t(draws.position), kernel.capturable ? placed.count_address : int64_t(draws.step)}) table.push_back(word);
     if (!kernel.capturable) continue;
     const Hypers& group = step.groups[placed.group];
     if (last_group != int64_t(placed.group))
@@ -275,6 +284,7 @@ void check_images() {
       const bool same_rows = t && random_below(6), any_change = random_below(4);
       if (!same_rows) make_rows(step, images);
       bool moved = false;
+      for (Row& row : step.rows) row.draws.step++;
       if (any_change && same_rows) {
         change_numbers(step, false);
         for (size_t r = 0; r < step.rows.size(); r++) {

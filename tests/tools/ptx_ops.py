@@ -190,6 +190,23 @@ def _select(kind: str) -> Operation:
     return Operation(kind, (kind, kind, "pred"), lambda a, b, predicate: np.where(predicate, a, b))
 
 
+@form(r"prmt\.b32")
+def _permute(*_: str) -> Operation:
+    """Four bytes picked from the eight of b and a, a's being the lower ones; with its bit 3, only the sign of one."""
+
+    def compute(a: Value, b: Value, selector: Value) -> Value:
+        both = np.uint64(b) << np.uint64(32) | np.uint64(a)
+        picked = np.uint32(0)
+        for i in range(4):
+            nibble = selector >> np.uint32(4 * i)
+            byte = np.uint32(both >> (np.uint64(8) * (np.uint64(nibble) & np.uint64(7))) & np.uint64(0xFF))
+            sign = np.where(byte & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
+            picked = picked | np.where(nibble & np.uint32(8), sign, byte) << np.uint32(8 * i)
+        return picked
+
+    return Operation("b32", ("b32", "b32", "b32"), compute)
+
+
 # Floating point: one rounding to nearest even per operation
 
 

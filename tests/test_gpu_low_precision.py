@@ -1,0 +1,87 @@
+"""16-bit parameters that train as float32 ones on GPUs, without one: the bits of the C++ backend."""
+
+import itertools
+
+import pytest
+import torch
+
+from .optimizers import ROWS
+from .reference import assert_same_bits, snapshot
+
+triton = pytest.importorskip("triton")
+
+from .test_gpu import CHUNK, capturable_rows, triton_serves_cpu_tensors  # noqa: E402
+from .test_gpu_passes import on_cpu  # noqa: E402
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SIZES = (0, 1, 5, 33, 300, CHUNK + 1)
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+every_dtype = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+EMA, CLIP = {"ema_decay": 0.9}, {"max_grad_norm": 3.0}
+WAYS = {
+    "masters": {"master_weights": True},
+    "masters, float32 state": {"master_weights": True, "state_dtype": F32},
+    "masters, averaged": {"master_weights": True, **EMA},
+    "masters, clipped, float32 gradients": {"master_weights": True, "grad_dtype": F32, **CLIP},
+    "random bits": {"stochastic_rounding": True, "rounding_seed": 2**63 + 5},
+    "random bits, float32 state and gradients": {"stochastic_rounding": True, "state_dtype": F32, "grad_dtype": F32},
+    "random bits, clipped, averaged": {"stochastic_rounding": True, **CLIP, **EMA},
+    "float32 gradients": {"grad_dtype": F32},
+    "float32 gradients, clipped, averaged": {"grad_dtype": F32, **CLIP, **EMA},
+}
+
+
+@pytest.fixture(params=[90, 80], ids=["sm_90", "sm_80"])
+def gpu(request):
+    with triton_serves_cpu_tensors(request.param, races=True) as stand_in:
+        yield stand_in
+
+
+def run(row, dtype, grad_dtype=None, norms=None, **options):
+    """Four steps, between which some parameters are written from outside: norms and snapshots."""
+    torch.manual_seed(0)
+    params = []
+    for number, (own, size) in enumerate(itertools.product((dtype, F32), SIZES)):
+        off = number % 5 == 4  # every fifth begins behind an address that 16 divides
+        params.append(torch.nn.Parameter(torch.randn(size + off).to(own)[off:]))
+    optimizer = row.ours(params[::2], **row.plain, **options)
+    optimizer.add_param_group({"params": params[1::2], "lr": 0.03, "maximize": True})
+    found = [], []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for param in params:
+            param.grad_dtype = None
+            grad = torch.randn(param.shape, generator=generator)
+            param.grad = grad.to(param.dtype if grad_dtype is None else grad_dtype)
+        if step == 2:
+            with torch.no_grad():
+                params[4][7:200] = 1.5
+                params[3][3] = -0.0
+        if norms is not None:
+            optimizer._fastopt_options.searched = None, norms[step].item()
+        optimizer.step()
+        found[0].append(optimizer.grad_norm if "max_grad_norm" in options else None)
+        found[1].append(snapshot(optimizer))
+    return *found, optimizer
+
+
+@every_row
+@every_dtype
+@pytest.mark.parametrize("way", WAYS)
+def test_bits_of_the_cpp_backend(row, dtype, way, gpu):
+    norms, actual, _ = run(row, dtype, **WAYS[way])
+    assert gpu.launches
+    with on_cpu():
+        _, expected, _ = run(row, dtype, **WAYS[way], norms=norms if "max_grad_norm" in WAYS[way] else None)
+    assert_same_bits(actual, expected, row.name)
+
+
+@capturable_rows
+@every_dtype
+@pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding"])
+def test_capturable_steps(row, dtype, option, gpu):
+    options = {option: True, "state_dtype": F32}
+    _, actual, _ = run(row, dtype, **options, capturable=True)
+    with on_cpu():
+        _, expected, _ = run(row, dtype, **options)
+    assert_same_bits(actual, expected, row.name)
