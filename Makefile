@@ -129,7 +129,7 @@ test-wheel:  ## the wheel in dist, installed beside TORCH in a fresh environment
 	$(PYTHON) -m venv build/installed/venv
 	build/installed/venv/bin/python -m pip install --quiet "$(TORCH)" numpy pytest pytest-benchmark expecttest
 	build/installed/venv/bin/python -m pip install --quiet --no-index --find-links dist --only-binary=:all: fastopt
-	cd build/installed && PATH=$(CURDIR)/build/installed/venv/bin venv/bin/python -W error::RuntimeWarning:fastopt -m pytest \
+	cd build/installed && PATH=$(CURDIR)/build/installed/venv/bin venv/bin/python -W error:fastopt:RuntimeWarning -m pytest \
 	  $(INSTALLED_TESTS:%=tests/test_%.py)
 
 sdist:  ## the source distribution, in dist
