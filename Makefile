@@ -125,11 +125,11 @@ build/torch/%:  # about 0.5 GB each: headers, and the libraries to link with
 INSTALLED_TESTS ?= state hot_step numerics checkpoints
 # "No compiler on the PATH" is the point of a wheel. The tests are copied, as the folder fastopt beside them hides the wheel.
 test-wheel:  ## the wheel in dist, installed beside TORCH in a fresh environment without a compiler, and tests
-	rm -rf build/installed && mkdir -p build/installed && cp -r tests kernels pyproject.toml build/installed
+	rm -rf build/installed && mkdir -p build/installed && cp -r tests bench kernels pyproject.toml build/installed
 	$(PYTHON) -m venv build/installed/venv
 	build/installed/venv/bin/python -m pip install --quiet "$(TORCH)" numpy pytest pytest-benchmark expecttest
 	build/installed/venv/bin/python -m pip install --quiet --no-index --find-links dist --only-binary=:all: fastopt
-	cd build/installed && PATH=$(CURDIR)/build/installed/venv/bin venv/bin/python -W error::RuntimeWarning:fastopt -m pytest \
+	cd build/installed && PATH=$(CURDIR)/build/installed/venv/bin venv/bin/python -W error:fastopt:RuntimeWarning -m pytest \
 	  $(INSTALLED_TESTS:%=tests/test_%.py)
 
 sdist:  ## the source distribution, in dist

@@ -13,6 +13,7 @@ from typing import Any
 from torch import optim
 from torch.optim import lr_scheduler
 
+from . import backends as backends  # first: what it warns of is at the line that imports fastopt
 from . import swa_utils
 from .adagrad import Adagrad
 from .adam import Adam, AdamW

@@ -61,7 +61,7 @@ def _load() -> ModuleType | str:
 _loaded = _load()
 _C: Any = None
 if isinstance(_loaded, str):
-    warnings.warn(_loaded, RuntimeWarning, stacklevel=2)
+    warnings.warn(_loaded, RuntimeWarning, stacklevel=3)  # of backends, fastopt, and who imports it
 else:
     _C = _loaded
     if isa := os.environ.get("FASTOPT_ISA"):

@@ -120,6 +120,7 @@ def test_no_build_for_this_torch_is_torchs_own_step_and_a_warning(tmp_path):
     done = installed_for(tmp_path / "site", tmp_path, {"2.9": __file__, "2.100": __file__})
     assert done.returncode == 0, done.stderr
     assert "'cpu': 'torch'" in done.stdout
+    assert done.stderr.startswith("<string>:"), done.stderr  # the line that imports fastopt
     for text in (done.stdout, done.stderr):  # in backend_info() and in the warning
         assert text.count(f"has no build for torch {torch.__version__}, only for 2.9, 2.100: every step is") == 1
         assert "pip install --no-build-isolation --force-reinstall --no-deps --no-binary fastopt fastopt" in text
