@@ -350,14 +350,14 @@ class Gpu:
 
     def run(self, optimizer: Any, launches: tuple[Launch, ...], extras: Extras | None = None) -> Tensor | None:
         """Uploads and launches a step. Returns the norm of all gradients, if it clips: a tensor of its own."""
-        done, norm = 0, None
-        stages, beside = Stages.of(extras), dict[torch.device, tuple[int, ...]]()
+        done, norm, stages = 0, None, Stages.of(extras)
+        beside: dict[torch.device, tuple[int, ...]] = {}
         try:
             sent = [self._upload(launch, stages) for launch in launches]
             if extras is not None:
-                beside, norm = self._beside(sent, extras)
+                beside, norm = self._beside([Sent(*one) for one in sent], extras)
             for one in sent:
-                self._launch(one, beside.get(one.bucket.device, ()))
+                self._launch(one, beside)
                 done += 1
         except BaseException as error:  # what the plan takes for counted and uploaded may not be
             for launch in launches[done:]:
@@ -370,7 +370,8 @@ class Gpu:
             raise
         return norm
 
-    def _upload(self, launch: Launch, stages: Stages) -> Sent:
+    def _upload(self, launch: Launch, stages: Stages) -> tuple[Any, ...]:
+        """What Sent has, whose names cost a small step a tenth of its time."""
         image, programs, table_at, scalars_at, changed_from, changed_to, address, prepared, hypers_at = launch
         bucket = self.buckets[image]
         with _current(bucket.device):
@@ -388,16 +389,16 @@ class Gpu:
                     bucket.upload(address, changed_from, stop)
                     if bucket.preparer is not None and changed_from < table_at:
                         bucket.make_ready_for_graph(address, table_at, hypers_at, stop)
-        arrays = stream, work, base + 8 * table_at, scalars, words, base + 8 * hypers_at
-        return Sent(bucket, bucket.launchers[stages], programs, prepared, *arrays)
+        table, hypers = base + 8 * table_at, base + 8 * hypers_at
+        return bucket, bucket.launchers[stages], programs, prepared, stream, work, table, scalars, words, hypers
 
-    def _launch(self, sent: Sent, beside: tuple[int, ...]) -> None:
+    def _launch(self, sent: tuple[Any, ...], beside: dict[torch.device, tuple[int, ...]]) -> None:
         bucket, launchers, programs, prepared, stream, work, table, scalars, words, hypers = sent
         with _current(bucket.device):
             if prepared:
                 bucket.preparer.launch(prepared, stream, hypers, scalars)
             if programs:
-                launchers.update.launch(programs, stream, work, table, scalars, words + beside)
+                launchers.update.launch(programs, stream, work, table, scalars, words + beside.get(bucket.device, ()))
         self.launches += 1
 
     # ---- beside the update
@@ -501,6 +502,7 @@ def _bits(number: float) -> int:
 
 
 _no_switch = contextlib.nullcontext()
+_CPUS = torch.device("cpu"), torch.device("cpu", 0)  # to ask a device for its type takes ten times as long
 
 
 def current_stream(device: torch.device) -> int:
@@ -510,7 +512,7 @@ def current_stream(device: torch.device) -> int:
 
 def _current(device: torch.device) -> Any:
     """Makes `device` the current one, which launches and allocations are for; free where it already is."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
+    if device in _CPUS or device.index == torch.cuda.current_device():
         return _no_switch
     return torch.cuda.device(device)
 

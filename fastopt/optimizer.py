@@ -316,13 +316,17 @@ def _step(self: Any, closure: Closure | None) -> Any:
     if self._fastopt_gpu is not None:
         self._fastopt_gpu.begin(self)
     options = self._fastopt_options
-    if options is None or not options.skips(self):
-        _step_with(None if options is None else options.of_step(self), self)
+    if options is None:
+        if answer := _C.step(self):
+            _follow(self, answer)
+    elif not options.skips(self):
+        _step_with(options.of_step(self), self)
     return loss
 
 
 def _step_with(extras: Extras | None, self: Any) -> None:
-    if self._fastopt_options is not None and self._fastopt_gpu is not None:
+    """The step of an optimizer with options of its own."""
+    if self._fastopt_gpu is not None:
         self._fastopt_gpu.make_ready(extras)
     if answer := _C.step(self, None, extras):
         _follow(self, answer, extras)
