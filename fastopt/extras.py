@@ -8,19 +8,36 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from . import clip_dtensors
+from .averages import EMA, all_params, begun
 from .backends import _C, torch_steps
 from .clip_grad import clip_grad_norm_, coefficient
-from .masters import COMPANIONS, add_companion, master_of
+from .masters import COMPANIONS, add_companion
 
 KEPT = (torch.float32, torch.bfloat16, torch.float16)  # what the arithmetic for every parameter holds
-EMA = "ema"  # the key in a parameter's state of its running average
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+
+NO_EXTENSION = (
+    "max_grad_norm, ema_decay, state_dtype, master_weights and stochastic_rounding need fastopt's C++ extension, which "
+    "this installation lacks"
+)
+BOTH = (
+    "master_weights and stochastic_rounding exclude each other: with master weights nothing is lost that random "
+    "rounding could make up for"
+)
+NOT_BESIDE = (
+    "{option}: torch's own step would have to run, which rounds 16-bit parameters to nearest, because {reason}. "
+    "Nothing was changed. Step such parameters with an optimizer of their own."
+)
+NOT_IN_A_GRAPH = (
+    "error_if_nonfinite=True looks at the norm before anything is written, which a captured CUDA graph cannot: make "
+    "the optimizer without it, and look at optimizer.grad_norm after a replay"
+)
 
 
 class Extras(NamedTuple):
@@ -36,12 +53,37 @@ class Extras(NamedTuple):
     draws: bool = False  # or are rounded with random bits
 
 
+def _number(name: str, value: Any, wanted: str, good: Callable[[float], bool]) -> float:
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # a list; a tensor of two
+        number = math.nan
+    if not good(number):
+        raise ValueError(f"Invalid {name} value: {value}; it must be {wanted}")
+    return number
+
+
+def _max_grad_norm(value: Any) -> float:
+    return _number("max_grad_norm", value, "> 0, or None for no clipping", lambda number: number > 0)
+
+
+def _ema_decay(value: Any) -> float:
+    return _number("ema_decay", value, "in [0, 1], or None for no average", lambda number: 0 <= number <= 1)
+
+
+_CHECKS: dict[str, Callable[[Any], float]] = {"max_grad_norm": _max_grad_norm, "ema_decay": _ema_decay}
+
+
 class Options:
     """Of an optimizer: ``_fastopt_options``, made with it or when a scaler sets one; kept by copies and pickles.
 
     The values that may change between steps are attributes of the optimizer, where they were given: ``given`` has their
     names.
     """
+
+    # The optimizer's attributes of these names, while they are set.
+    grad_scale: Tensor | float | None = None
+    found_inf: Tensor | float | None = None
 
     def __init__(
         self,
@@ -64,6 +106,8 @@ class Options:
             raise ValueError(BOTH)
         if not isinstance(rounding_seed, int) or not 0 <= rounding_seed < 2**64:
             raise ValueError(f"Invalid rounding_seed value: {rounding_seed!r}; it must be an integer in [0, 2**64)")
+        if error_if_nonfinite and "max_grad_norm" not in self.given:
+            raise ValueError("error_if_nonfinite=True needs max_grad_norm; float('inf') clips nothing")
         if self.any() and _C is None:
             raise RuntimeError(NO_EXTENSION)
         if "max_grad_norm" in self.given and _is_made_by_zero() and _are_several():
@@ -88,10 +132,6 @@ class Options:
                         "before the step, or shard the model by fully_shard"
                     )
 
-    # The optimizer's attributes of these names, while they are set.
-    grad_scale: Tensor | float | None = None
-    found_inf: Tensor | float | None = None
-
     def any(self) -> bool:
         """Whether there is anything that torch's optimizers do not do."""
         return bool(self.given) or self.state_dtype is not None or self.keeps_more()
@@ -102,7 +142,10 @@ class Options:
 
     def skips(self, optimizer: Any) -> bool:
         """Whether the step is to be left out: a scaler found infinities."""
-        return self.found_inf is not None and not optimizer._step_supports_amp_scaling and bool(self.found_inf != 0)
+        found = self.found_inf
+        if found is None or optimizer._step_supports_amp_scaling:
+            return False
+        return bool((found != 0).any() if isinstance(found, Tensor) else found != 0)
 
     def of_step(self, optimizer: Any) -> Extras | None:
         """For the step that begins; None if it is the update alone."""
@@ -114,7 +157,7 @@ class Options:
         elif self.grad_scale is not None and not optimizer._step_supports_amp_scaling:  # else its own step unscales
             inverse_scale = _inverse(self.grad_scale)
         if self.error_if_nonfinite and max_norm is not None and norm is None:
-            norm = _finite_norm(optimizer, inverse_scale)
+            norm = _refuse_nonfinite_on_gpu(optimizer, inverse_scale)
         self.norm = None
         if max_norm is None and ema_decay is None and inverse_scale is None and not self.keeps_more():
             return None
@@ -130,19 +173,24 @@ class Options:
         value = getattr(optimizer, name)
         return None if value is None else _CHECKS[name](value)
 
-    @torch.no_grad()
     def aside(self, optimizer: Any, reason: str, extras: Extras, step: Callable[[Extras, Any], None]) -> None:
         """The same as in the step, where the plan cannot: the optimizer steps with changed copies of the gradients."""
         params = [param for param in all_params(optimizer) if param.grad is not None]
         grads: list[Any] = [param.grad for param in params]
         torch_steps[f"{type(optimizer).__name__}, clipped or unscaled beside the step: {reason}"] += 1
+        differentiable = any(group.get("differentiable") for group in optimizer.param_groups)
         try:
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad.clone() if extras.inverse_scale is None else _times(grad, extras.inverse_scale)
+            with torch.set_grad_enabled(differentiable):
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad.clone()
             norm = None
-            if extras.max_norm is not None:
-                self.refuse_parts(optimizer)
-                norm = _clip(all_params(optimizer), extras.max_norm, extras.error_if_nonfinite)
+            with torch.no_grad():
+                if (factor := extras.inverse_scale) is not None:
+                    for param in params:
+                        cast(Tensor, param.grad).mul_(factor.to(param.device) if isinstance(factor, Tensor) else factor)
+                if extras.max_norm is not None:
+                    self.refuse_parts(optimizer)
+                    norm = _clip(all_params(optimizer), extras.max_norm, extras.error_if_nonfinite)
             step(extras._replace(max_norm=None, inverse_scale=None, norm=None), optimizer)
             self.norm = norm
         finally:
@@ -176,70 +224,14 @@ def _are_several() -> bool:
 
 
 def _is_made_by_zero() -> bool:
-    """Whether an optimizer is being constructed as the one of a process inside torch's ZeroRedundancyOptimizer."""
+    """Whether an optimizer is being constructed as the one of a process inside torch's ZeroRedundancyOptimizer.
+
+    Which leaves no other sign of it.
+    """
     frame = sys._getframe(1) if _ZERO in sys.modules else None
     while frame is not None and frame.f_globals.get("__name__") != _ZERO:
         frame = frame.f_back
     return frame is not None
-
-
-def is_first_average(optimizer: Any) -> bool:
-    """Whether the coming update of the running averages is the first one, which copies the parameters."""
-    return not any(EMA in entry for entry in optimizer.state.values())
-
-
-def weights_of(optimizer: Any, param: Tensor) -> Tensor:
-    """What running averages are made of: the parameter or, of 16 bits, its master or itself in float32."""
-    if param.dtype.itemsize >= 4:
-        return param.detach()
-    options = optimizer._fastopt_options
-    return master_of(param, optimizer.state.get(param, {}) if options is not None and options.masters else {})
-
-
-def average_of(optimizer: Any, param: Tensor) -> Tensor:
-    """A running average that begins with what a parameter is."""
-    weights = weights_of(optimizer, param)
-    return weights.clone(memory_format=torch.preserve_format) if weights.dtype == param.dtype else weights
-
-
-@torch.no_grad()
-def average(optimizer: Any, params: list[Tensor], ema_decay: float) -> None:
-    """Updates the running averages of parameters that the plan did not step."""
-    averages = [optimizer.state[param][EMA] for param in params]
-    values = [weights_of(optimizer, param).to(ema.dtype) for param, ema in zip(params, averages, strict=True)]
-    if averages:
-        torch._foreach_lerp_(averages, values, 1 - ema_decay)
-
-
-def average_all(optimizer: Any, ema_decay: float, first: bool) -> None:
-    """The same after a step of torch's own."""
-    state = optimizer.state
-    known = [param for param in all_params(optimizer) if param.grad is not None or EMA in state.get(param, ())]
-    for param in known:
-        state[param].setdefault(EMA, average_of(optimizer, param))
-    if not first:
-        average(optimizer, known, ema_decay)
-
-
-@torch.no_grad()
-def copy_averages(optimizer: Any, params: list[Tensor]) -> None:
-    """The first update of the running averages."""
-    for param in params:
-        optimizer.state[param][EMA].copy_(weights_of(optimizer, param))
-
-
-NO_EXTENSION = (
-    "max_grad_norm, ema_decay, state_dtype, master_weights and stochastic_rounding need fastopt's C++ extension, which "
-    "this installation lacks"
-)
-BOTH = (
-    "master_weights and stochastic_rounding exclude each other: with master weights nothing is lost that random "
-    "rounding could make up for"
-)
-NOT_BESIDE = (
-    "{option}: torch's own step would have to run, which rounds 16-bit parameters to nearest, because {reason}. "
-    "Nothing was changed. Step such parameters with an optimizer of their own."
-)
 
 
 def refuse_torchs_step(optimizer: Any, reason: str) -> None:
@@ -264,11 +256,7 @@ def add_state(optimizer: Any, param: Tensor, extras: Extras, step_count: Callabl
         seed = state.get("rounding_seed")
         state["rounding_seed"] = optimizer._fastopt_options.rounding_seed if seed is None else int(seed)
     if extras.ema_decay is not None and state.get(EMA) is None:
-        state[EMA] = average_of(optimizer, param)
-
-
-def all_params(optimizer: Any) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
+        state[EMA] = begun(optimizer, param)
 
 
 def _inverse(scale: Tensor | float) -> float | Tensor:
@@ -277,14 +265,8 @@ def _inverse(scale: Tensor | float) -> float | Tensor:
     return inverse if isinstance(scale, Tensor) and scale.device.type == _C.gpu_type() else float(inverse)
 
 
-def _times(grad: Tensor, factor: float | Tensor) -> Tensor:
-    if isinstance(factor, Tensor):
-        return (grad * factor.to(grad.device)).to(grad.dtype)  # two tensors without dimensions may have a wider product
-    return grad * factor
-
-
-def _finite_norm(optimizer: Any, inverse_scale: float | Tensor | None) -> Tensor | None:
-    """The norm where all gradients are on GPUs: before anything is written, and so waited for."""
+def _refuse_nonfinite_on_gpu(optimizer: Any, inverse_scale: float | Tensor | None) -> Tensor | None:
+    """The norm where all gradients are on GPUs; it is waited for. Elsewhere the plan refuses, and this answers None."""
     params = (param for group in optimizer.param_groups for param in group["params"] if param.grad is not None)
     if next(params, _ON_CPU).device.type != _C.gpu_type():
         return None  # at the first, as a rule
@@ -303,27 +285,6 @@ def _finite_norm(optimizer: Any, inverse_scale: float | Tensor | None) -> Tensor
 
 
 _ON_CPU = torch.empty(0)
-NOT_IN_A_GRAPH = (
-    "error_if_nonfinite=True looks at the norm before anything is written, which a captured CUDA graph cannot: make "
-    "the optimizer without it, and look at optimizer.grad_norm after a replay"
-)
-
-
-def _max_grad_norm(value: Any) -> float:
-    number = float(value)
-    if not number > 0:
-        raise ValueError(f"Invalid max_grad_norm value: {value}; it must be > 0, or None for no clipping")
-    return number
-
-
-def _ema_decay(value: Any) -> float:
-    number = float(value)
-    if not 0 <= number <= 1:
-        raise ValueError(f"Invalid ema_decay value: {value}; it must be in [0, 1], or None for no average")
-    return number
-
-
-_CHECKS: dict[str, Callable[[Any], float]] = {"max_grad_norm": _max_grad_norm, "ema_decay": _ema_decay}
 
 
 class GradNorm:
@@ -342,7 +303,7 @@ class GradNorm:
         return options.norm if options.norm is not None else _C.grad_norm(optimizer)
 
 
-class Scaler:
+class SetByScaler:
     """`optimizer.grad_scale` and `found_inf`: set by whoever scales the loss, as on torch's fused optimizers."""
 
     def __set_name__(self, cls: type, name: str) -> None:

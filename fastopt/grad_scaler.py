@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from .averages import all_params
 from .backends import _C, count_left_to_torch
-from .extras import Options, all_params
+from .extras import Options
 from .optimizer import FusedStep, is_ours
 
 
@@ -84,6 +85,7 @@ class GradScaler(torch.amp.GradScaler):
                 if type(answer) is tuple:
                     norm, infinite = answer
                     options.searched = scale, norm
+                    options.norm = torch.tensor(norm) if infinite else None  # the step will be left out
                     return {found_inf.device: found_inf.fill_(infinite)}
                 count_left_to_torch("GradScaler", answer)
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)

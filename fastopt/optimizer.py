@@ -9,6 +9,7 @@ tensor of a floating dtype.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
@@ -23,22 +24,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
-from . import clip_dtensors
+from . import averages, clip_dtensors
 from .backends import _C, torch_steps
-from .extras import (
-    EMA,
-    KEPT,
-    Extras,
-    GradNorm,
-    Options,
-    Scaler,
-    add_state,
-    average,
-    average_all,
-    copy_averages,
-    is_first_average,
-    refuse_torchs_step,
-)
+from .extras import KEPT, Extras, GradNorm, Options, SetByScaler, add_state, refuse_torchs_step
 from .masters import COMPANIONS, has_companion, is_companion
 
 Group = dict[str, Any]
@@ -119,12 +107,12 @@ class FusedStep(_Base):
         __setstate__ = Optimizer.__setstate__
 
     grad_norm = GradNorm()
-    grad_scale, found_inf = Scaler(), Scaler()
+    grad_scale, found_inf = SetByScaler(), SetByScaler()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         if self._fastopt_options is not None:
-            state["_fastopt_options"] = self._fastopt_options
+            state["_fastopt_options"] = copy.copy(self._fastopt_options)
             state |= {name: getattr(self, name) for name in self._fastopt_options.given}
         return state
 
@@ -330,8 +318,8 @@ def _step_with(extras: Extras | None, self: Any) -> None:
         self._fastopt_gpu.make_ready(extras)
     if answer := _C.step(self, None, extras):
         _follow(self, answer, extras)
-    if extras is not None and extras.ema_decay is not None and (others := _C.without_gradient(self)):
-        average(self, [param for param in others if EMA in self.state.get(param, ())], extras.ema_decay)
+    if extras is not None and extras.ema_decay is not None and (params := _C.only_averaged(self)):
+        averages.update(self, params, extras.ema_decay)
 
 
 def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
@@ -353,7 +341,7 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
             elif made:
                 raise RuntimeError("state could not be made for a parameter: its step count must be a number")
             else:
-                first = extras is not None and extras.ema_decay is not None and is_first_average(self)
+                first = extras is not None and extras.ema_decay is not None and averages.is_first_update(self)
                 params = dict.fromkeys(param for _, param in answer.params)
                 made = [(param, dict(self.state[param]) if param in self.state else None) for param in params]
                 fresh = [None]
@@ -362,6 +350,8 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
     except BaseException:
         if fresh:
             _unmake_state(self, made)
+        elif first:  # it was written
+            averages.copy_first(self, [param for param, _ in made])
         raise
     if isinstance(answer, _C.LeftToTorch):
         _unmake_state(self, made)  # torch makes its own
@@ -369,10 +359,10 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
         if extras is None:
             _torchs_step(self, answer.reason)
         elif extras.max_norm is None and extras.inverse_scale is None:
-            first = is_first_average(self)
+            first = averages.is_first_update(self)
             _torchs_step(self, answer.reason)
             if extras.ema_decay is not None:
-                average_all(self, extras.ema_decay, first)
+                averages.update_after_torchs_step(self, extras.ema_decay, first)
         else:
             self._fastopt_options.aside(self, answer.reason, extras, _step_with)
         return
@@ -382,12 +372,12 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
         except BaseException:
             if first:  # the averages begin with another step
                 for param, _ in made:
-                    self.state[param].pop(EMA, None)
+                    self.state[param].pop(averages.EMA, None)
             raise
         if norm is not None:
             self._fastopt_options.norm = norm
     if first:
-        copy_averages(self, [param for param, _ in made])
+        averages.copy_first(self, [param for param, _ in made])
 
 
 def _prepare_gpu(self: Any, wants: tuple[Want, ...], extras: Extras | None) -> None:
@@ -490,8 +480,9 @@ def _unmake_state(self: Any, made: list[tuple[Tensor, dict[str, Any] | None]]) -
 def _check_loaded(self: Any, group: Group, param: Tensor, key: Any, entry: dict[str, Any]) -> None:
     has_step = self._fastopt.has_step
     slots = list(self._fastopt.slots(self, group))
-    companions = [name for name, value in entry.items() if is_companion(name, value, param)]
-    for name in ["step"] * has_step + slots + companions:
+    beside = [name for name, value in entry.items() if is_companion(name, value, param)]
+    beside += [averages.EMA] * (entry.get(averages.EMA) is not None)
+    for name in ["step"] * has_step + slots + beside:
         value = entry.get(name)
         if value is None and not has_step:
             continue  # as torch: made at the next step

@@ -25,8 +25,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim import swa_utils as torch_swa_utils
 
+from .averages import EMA, all_params
 from .backends import _C, count_left_to_torch, left_to_torch, on_gpu
-from .extras import EMA, all_params
 
 __all__ = [*torch_swa_utils.__all__, "averaged_copy", "averaged_parameters"]
 _torch: Any = torch_swa_utils  # which has no types
@@ -192,10 +192,10 @@ def averaged_parameters(*optimizers: Optimizer) -> Iterator[None]:
     """
     averages = _averages(optimizers)
     own = [param.detach().clone() for param in averages]
-    with torch.no_grad():
-        for param, average in averages.items():
-            param.copy_(average)
     try:
+        with torch.no_grad():
+            for param, average in averages.items():
+                param.copy_(average)
         yield
     finally:
         with torch.no_grad():
@@ -226,6 +226,8 @@ def averaged_copy(model: Module, *optimizers: Optimizer) -> Module:
     True
     """
     averages = _averages(optimizers)
+    if not any(param in averages for param in model.parameters()):
+        raise ValueError("no parameter of this model has a running average: give the optimizer that steps them")
     made = copy.deepcopy(model)
     with torch.no_grad():
         for param, own in zip(model.parameters(), made.parameters(), strict=True):
@@ -237,6 +239,10 @@ def averaged_copy(model: Module, *optimizers: Optimizer) -> Module:
 def _averages(optimizers: tuple[Optimizer, ...]) -> dict[Tensor, Tensor]:
     states = [(param, optimizer.state.get(param, {})) for optimizer in optimizers for param in all_params(optimizer)]
     averages = {param: entry[EMA] for param, entry in states if EMA in entry}
+    for param, average in averages.items():
+        if average.shape != param.shape:
+            shapes = f"shape {list(average.shape)}, the parameter {list(param.shape)}"
+            raise ValueError(f"a running average has {shapes}: load them together, or delete state[param]['ema']")
     if not averages:
         raise ValueError("no optimizer has running averages: make it with ema_decay, and step once")
     return averages

@@ -81,7 +81,7 @@ def test_any_strides_and_states_of_another_dtype(row):
 
 @every_row
 def test_hot_step_allocates_nothing_and_is_only_compared(row):
-    params = parameters(DTYPES)
+    params = parameters(DTYPES[::2])
     optimizer = row.ours(params, **row.plain, max_grad_norm=1.0, ema_decay=0.99)
     for step in range(2):
         give_gradients(params[:-1], step)
@@ -375,3 +375,158 @@ def test_averages_where_torch_steps(momentum):
         expected = value.clone() if expected is None else torch.lerp(expected, value, 1 - 0.9)
         assert torch.equal(optimizer.state[params[0]]["ema"], expected)
     assert "ema" not in optimizer.state.get(params[1], {})
+
+
+# ---- what a tester found
+
+
+def test_a_step_refused_for_an_average_that_it_alone_updates_changes_nothing():
+    """A parameter was frozen, and then replaced by one of another shape."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = fastopt.AdamW(params, ema_decay=0.9)
+    give_gradients(params, 0)
+    optimizer.step()
+    params[1].grad, params[1].data = None, torch.ones(5)
+    before = copy.deepcopy(optimizer.state[params[0]]), params[0].detach().clone()
+    with pytest.raises(
+        RuntimeError, match=r"state\['ema'\] of parameter 1 of param group 0 has shape \[3\], the parameter \[5\]"
+    ):
+        optimizer.step()
+    assert_same_bits(params[0].detach(), before[1])
+    assert_same_bits(list(optimizer.state[params[0]].values()), list(before[0].values()))
+    with (
+        pytest.raises(ValueError, match="a running average has shape"),
+        fastopt.swa_utils.averaged_parameters(optimizer),
+    ):
+        pass
+    optimizer.state[params[1]]["ema"] = 7
+    with pytest.raises(TypeError, match="must be a tensor, not int"):
+        optimizer.step()
+    assert_same_bits(params[0].detach(), before[1])
+
+
+def test_averages_leave_no_momentum_buffer_that_nobody_asked_for():
+    param, plain = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer, other = fastopt.SGD([param], lr=0.1, ema_decay=0.9), torch.optim.SGD([plain], lr=0.1)
+    for it in (param, plain):
+        it.grad = torch.tensor([1.0, 2.0, 3.0])
+    optimizer.step()
+    other.step()
+    assert optimizer.state[param].keys() == {"ema"}
+    for it in (optimizer, other):
+        it.param_groups[0].update(momentum=0.9, dampening=0.5)
+        it.step()
+    assert torch.equal(param, plain)
+
+
+def test_clipping_beside_a_differentiable_step_keeps_the_graph():
+    grads = []
+    for options in ({}, {"max_grad_norm": 100.0}):
+        scale = torch.tensor(2.0, requires_grad=True)
+        param = torch.ones(3).requires_grad_().clone()
+        optimizer = fastopt.SGD([param], lr=0.1, differentiable=True, **options)
+        param.grad = torch.ones(3) * scale
+        optimizer.step()
+        grads += torch.autograd.grad(param.sum(), scale)
+    assert torch.equal(*grads)
+
+
+def test_a_shallow_copy_has_options_of_its_own():
+    optimizer = fastopt.SGD([torch.nn.Parameter(torch.ones(2))], max_grad_norm=0.5)
+    copied = copy.copy(optimizer)
+    copied.grad_scale = torch.tensor(8.0)
+    assert not hasattr(optimizer, "grad_scale") and copied.max_grad_norm == 0.5
+
+
+def test_numbers_without_dimensions_beside_float64_are_clipped_as_by_the_function():
+    both = []
+    for folded in (False, True):
+        params = [torch.nn.Parameter(torch.tensor(0.0)), torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))]
+        optimizer = fastopt.SGD(params, lr=1.0, **({"max_grad_norm": 1.0} if folded else {}))
+        give_gradients(params, 3)
+        if not folded:
+            fastopt.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        both.append([param.detach() for param in params])
+    assert_same_bits(*both)
+
+
+def test_grad_norm_is_of_the_last_step():
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = fastopt.SGD([param], max_grad_norm=0.5)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.grad_norm > 1
+    optimizer.max_grad_norm = None
+    optimizer.step()
+    assert optimizer.grad_norm is None
+
+
+@pytest.mark.parametrize("value", ["abc", "1.0", [1], 1j, torch.ones(2)], ids=str)
+@pytest.mark.parametrize("option", ["max_grad_norm", "ema_decay"])
+def test_what_is_no_number_is_named(option, value):
+    with pytest.raises(ValueError, match=f"Invalid {option} value: "):
+        fastopt.SGD([torch.nn.Parameter(torch.ones(2))], **{option: value})
+
+
+def test_options_that_would_do_nothing():
+    params = [torch.nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match="error_if_nonfinite=True needs max_grad_norm"):
+        fastopt.SGD(params, error_if_nonfinite=True)
+    optimizer = fastopt.SGD(params, ema_decay=0.9)
+    give_gradients(params, 0)
+    optimizer.step()
+    with pytest.raises(ValueError, match="no parameter of this model has a running average"):
+        fastopt.swa_utils.averaged_copy(torch.nn.Linear(1, 1), optimizer)
+
+
+@every_row
+def test_parameters_in_one_memory_have_averages_of_what_they_are_after_the_step(row):
+    base = torch.ones(6)
+    params = [torch.nn.Parameter(base[:4]), torch.nn.Parameter(base[2:])]
+    optimizer = row.ours(params, **row.plain, ema_decay=0.5)
+    expected = None
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+        values = [param.detach().clone() for param in params]
+        expected = (
+            values if expected is None else [torch.lerp(e, v, 0.5) for e, v in zip(expected, values, strict=True)]
+        )
+        assert_same_bits([optimizer.state[param]["ema"] for param in params], expected)
+
+
+def test_a_loaded_average_of_another_shape_is_refused():
+    params = [torch.nn.Parameter(torch.ones(2))]
+    optimizer = fastopt.SGD(params, ema_decay=0.9)
+    give_gradients(params, 0)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["ema"] = torch.ones(7)
+    with pytest.raises(ValueError, match=r"loaded 'ema' of parameter 0 has shape \[7\], the parameter \[2\]"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_first_average_is_a_copy_also_after_an_interrupt(monkeypatch):
+    from fastopt import optimizer as module
+
+    params = [torch.nn.Parameter(torch.ones(2))]
+    optimizer = fastopt.SGD(params, lr=0.1, ema_decay=0.9)
+    give_gradients(params, 0)
+    step = module._C.step
+
+    class Interrupted:
+        def __getattr__(self, name):
+            return getattr(fastopt._C, name)
+
+        def step(self, optimizer, fresh=None, extras=None):
+            answer = step(optimizer, fresh, extras)
+            if fresh is not None:
+                raise KeyboardInterrupt
+            return answer
+
+    monkeypatch.setattr(module, "_C", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    monkeypatch.undo()
+    assert_same_bits(optimizer.state[params[0]]["ema"], params[0].detach())

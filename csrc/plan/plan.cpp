@@ -29,6 +29,8 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, con
     if (!as_before) in_turn = check(self, fresh, extras);
     if (extras.scales() && !walk.gpu.rows.empty() && (!walk.cpu.rows.empty() || walk.any_dtensor))
       throw Outside{"a norm of gradients on CPU and GPU, or of DTensors on a GPU"};
+    if (extras.clips && walk.has_f64 && walk.has_small_scalars) throw Outside{"a gradient without dimensions and a norm of another dtype"};
+    if (extras.averages) walk.check_averages();
     if (extras.on_gpu && !walk.cpu.rows.empty()) throw Outside{"a scale or a norm on a GPU, of gradients that are not"};
   } catch (const Outside& outside) {
     return answers.left_to_torch({PyUnicode_FromString(outside.reason)});
@@ -40,7 +42,7 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, con
     if (py::object wanted = wants(answers)) return wanted;
   }
   Stages stages = factors(extras);
-  norm = walk.gpu.rows.empty() ? norm : Norm();   // fastopt/gpu.py's
+  if (!extras.clips || !walk.gpu.rows.empty()) norm = {};   // on a GPU it is fastopt/gpu.py's
   if (extras.clips && walk.gpu.rows.empty()) {
     if (!extras.norm_known) read_gradients(stages);
     if (!extras.norm_known && walk.any_dtensor) {
@@ -78,6 +80,7 @@ bool Plan::check(PyObject* self, PyObject* fresh, const Extras& extras) {
   const bool in_turn = walk.extents.overlap();
   if (in_turn && !walk.gpu.rows.empty()) throw Outside{"on a GPU, parameters share memory"};
   if (in_turn && walk.any_fresh()) throw Outside{"parameters share memory at their first step"};
+  if (in_turn && extras.averages) throw Outside{"parameters share memory, and their averages do not"};
   if (in_turn) count_repeated_steps();
   point_rows();
   return in_turn;
@@ -238,12 +241,6 @@ py::object Plan::launches(const Extras& extras, const Answers& answers) {
   }
   if (launches.empty()) return py::reinterpret_borrow<py::object>(answers.DONE);
   return answers.launches({PyList_AsTuple(launches.ptr())});
-}
-
-py::list Plan::without_gradient() const {
-  py::list params;
-  if (done) walk.for_each_without_gradient([&](PyObject* param) { params.append(py::handle(param)); });
-  return params;
 }
 
 void Plan::take_back(size_t image) {

@@ -17,8 +17,8 @@ class Plan {
   at::Tensor grad_norm() const { return norm.known ? scalar_tensor(norm.value, norm.f64) : at::Tensor(); }
   // After an answer Shards: the norm of the gradients that are here of some of its parameters, which `places` names.
   double norm_of(const std::vector<size_t>& places) const;
-  // The parameters that the last step left out, or nothing if it was not done.
-  py::list without_gradient() const;
+  // The parameters that the last step did not step, since they have no gradient, but which have an average.
+  py::object only_averaged() const { return py::reinterpret_borrow<py::object>(done && walk.only_averaged ? walk.only_averaged.ptr() : Py_None); }
   // A buffer on the device was made for an image.
   void set_buffer(size_t image, int64_t words, int64_t address) { walk.images.at(image).set_buffer(words, address); }
   // The launch of an image failed: its step counts are what they were.

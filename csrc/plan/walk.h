@@ -50,10 +50,8 @@ class Walk {
   void release();
   // Tells autograd that DTensors change, of which the rows have the local tensors.
   void bump_dtensors() const;
-  template <class F> void for_each_without_gradient(F f) const {
-    for (const SeenParam& own : seen)
-      if (!own.has_grad) f(own.object);
-  }
+  // Finds the averages of parameters without gradient, and refuses those that cannot be updated.
+  void check_averages();
   // Each parameter, in their order, with its row of the CPU or -1.
   template <class F> void for_each(F f) const {
     for (const SeenParam& own : seen) f(own.object, own.has_grad && !own.on_gpu ? int64_t(own.row) : -1);
@@ -73,6 +71,8 @@ class Walk {
   bool comparable = false;                        // whether what it saw is all that its conclusions depend on
   int64_t work = 0;                               // of all CPU rows
   std::atomic<bool> moved{false};                 // of a step like the one before: whether some row has
+  py::object only_averaged;                       // the list that check_averages found, or null
+  bool has_f64 = false, has_small_scalars = false;   // among the gradients: fp64, and other ones without dimensions
   bool regrouped = false;                         // whether the numbers of some group were read again
   bool any_dtensor = false;                       // among the parameters, those without gradient too: these are alike in all processes
 

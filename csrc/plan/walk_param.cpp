@@ -157,6 +157,7 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
   DType grad_dtype = dtype;
   if (!all_alike) grad_dtype = check_grad(grad, param, dtype, itemsize(dtype) == 2, where), all_alike = is_alike(grad, grad->dtype());
 
+  has_f64 |= grad_dtype == DType::f64, has_small_scalars |= grad_dtype != DType::f64 && !grad->dim();
   Batch& batch = on_gpu ? gpu : cpu;
   const unsigned used = options[f.group].used, wanted = state_of(f);
   own.on_gpu = on_gpu, own.keys = param->key_set(), own.dtype = param->dtype(), own.grad_dtype = grad->dtype(), own.device = device;
