@@ -8,6 +8,7 @@ here is what happens around it.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 COMPANIONS = {torch.bfloat16: ("remainder", torch.int16), torch.float16: ("master", torch.float32)}
+
+NO_MASTERS = (
+    "the loaded state of {count} bfloat16 or float16 parameters has no master weights, or torch has cast them: they "
+    "begin with the values of the parameters"
+)
 
 
 def is_companion(name: str, value: Any, param: Tensor) -> bool:
@@ -32,6 +38,8 @@ def add_companion(entry: dict[str, Any], param: Tensor) -> None:
     """Gives the state of a 16-bit parameter the companion that makes a master of what it is, unless it has one."""
     if param.dtype in COMPANIONS and not has_companion(entry, param):
         name, dtype = COMPANIONS[param.dtype]
+        if entry.get(name) is not None:  # it came by another way than our load_state_dict, which would have said so
+            warnings.warn(NO_MASTERS.format(count="some"), stacklevel=2)
         if dtype == torch.int16:
             entry[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         else:

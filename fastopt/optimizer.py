@@ -27,7 +27,7 @@ from torch.optim.optimizer import Optimizer
 from . import averages, clip_dtensors
 from .backends import _C, torch_steps
 from .extras import KEPT, Extras, GradNorm, Options, SetByScaler, add_state, refuse_torchs_step
-from .masters import COMPANIONS, has_companion, is_companion
+from .masters import COMPANIONS, NO_MASTERS, has_companion, is_companion
 
 Group = dict[str, Any]
 Closure = Callable[[], Any]
@@ -507,11 +507,6 @@ def _drop_cast_companions(self: Any, params: list[Tensor]) -> None:
     if lacking:
         warnings.warn(NO_MASTERS.format(count=len(lacking)), stacklevel=4)
 
-
-NO_MASTERS = (
-    "the loaded state of {count} bfloat16 or float16 parameters has no master weights, or torch has cast them: they "
-    "begin with the values of the parameters"
-)
 
 _step_with_hooks = Optimizer.profile_hook_step(FusedStep.step)
 _untraced_step, _untraced_step_if_unwatched = _disable_dynamo(_step), _disable_dynamo(_step_if_unwatched)

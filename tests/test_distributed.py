@@ -707,9 +707,63 @@ def averages(_):
             assert_same_bits([state[at]["ema"] for at in range(len(values))], values, f"ZeRO {row.name}")
 
 
+def master_weights(_):
+    """Of shards: those of the local tensors, in DTensors placed as the parameters; in checkpoints too."""
+    options = {"master_weights": True, "state_dtype": torch.float32}
+    for row in ROWS:
+        model = sharded(model_of_odd_sizes().bfloat16())
+        optimizer = row.ours(model.parameters(), **row.plain, **options)
+        params = list(model.parameters())
+        wide = [nn.Parameter(local(p.detach()).float()) for p in params]
+        plain = row.ours(wide, **row.plain)
+        for t in range(3):
+            optimizer.zero_grad()
+            torch.manual_seed(t)
+            model(torch.randn(3, 6, dtype=torch.bfloat16)).square().mean().backward()
+            for param, own in zip(params, wide, strict=True):
+                own.grad = local(param.grad).float()
+            optimizer.step()
+            plain.step()
+        masters = fastopt.master_weights(optimizer)
+        assert_same_bits([local(masters[p]) for p in params], [p.detach() for p in wide], row.name)
+        for param in params:
+            remainder = optimizer.state[param]["remainder"]
+            assert remainder.placements == masters[param].placements == param.placements
+        again = sharded(model_of_odd_sizes().bfloat16())
+        again.load_state_dict(model.state_dict())
+        other = row.ours(again.parameters(), **row.plain, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            set_optimizer_state_dict(again, other, get_optimizer_state_dict(model, optimizer))
+        for param, own in zip(params, again.parameters(), strict=True):
+            loaded = local(other.state[own]["remainder"])
+            assert_same_bits(loaded, local(optimizer.state[param]["remainder"]), f"{row.name}, loaded")
+
+
+def stochastic_rounding(_):
+    """Replicas are rounded alike, and shards by bits of their own."""
+    world_size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world_size,))
+    params = [
+        nn.Parameter(distribute_tensor(torch.zeros(64 * world_size, dtype=torch.bfloat16), mesh, [placement]))
+        for placement in (Replicate(), Shard(0))
+    ]
+    optimizer = fastopt.SGD(params, lr=1.0, stochastic_rounding=True)
+    for param in params:
+        param.grad = torch.full_like(param, 1.0)
+        param.data.fill_(256.0)  # whose neighbours below are a whole apart
+        param.grad.fill_(0.5)
+    optimizer.step()
+    for param, alike in zip(params, (True, False), strict=True):
+        found = [torch.empty_like(local(param)) for _ in range(world_size)]
+        dist.all_gather(found, local(param.detach()))
+        assert {255.0, 256.0} == set(found[0].float().tolist())
+        assert torch.equal(found[0], found[1]) == alike
+
+
 IN_THE_STEP = (
     clip_in_the_step, clip_where_a_process_has_no_gradient, clip_after_unscaling, clip_what_the_plan_does_not_take,
-    clip_in_the_step_of_models, averages,
+    clip_in_the_step_of_models, averages, master_weights, stochastic_rounding,
 )  # fmt: skip
 
 

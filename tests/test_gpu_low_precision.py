@@ -10,8 +10,12 @@ from .reference import assert_same_bits, snapshot
 
 triton = pytest.importorskip("triton")
 
+from fastopt.kernels import multi_tensor  # noqa: E402
+
 from .test_gpu import CHUNK, capturable_rows, triton_serves_cpu_tensors  # noqa: E402
 from .test_gpu_passes import on_cpu  # noqa: E402
+from .test_kernels import compiled_for  # noqa: E402
+from .tools import sass  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SIZES = (0, 1, 5, 33, 300, CHUNK + 1)
@@ -85,3 +89,18 @@ def test_capturable_steps(row, dtype, option, gpu):
     with on_cpu():
         _, expected, _ = run(row, dtype, **options)
     assert_same_bits(actual, expected, row.name)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("state", "grad", "companion", "draws", "most"),
+    [(BF16, BF16, True, 0, 80), (F32, BF16, True, 0, 80), (F32, F32, True, 0, 80), (BF16, BF16, False, 1, 128)],
+    ids=["remainder", "remainder, float32 state", "remainder, float32 state and gradients", "random bits"],
+)
+def test_registers(arch, state, grad, companion, draws, most):
+    """None is spilled; with random bits there is room for 512 threads of each multiprocessor."""
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    kernel = multi_tensor.update_kernel("adam", 0b011, BF16, state, 32, 0, False, grad, companion, draws)
+    code = sass.report(compiled_for(target, *kernel))
+    print(f"sm_{arch}: {code.registers} registers, {code.spills} spilled")
+    assert code.spills == 0 and code.registers <= most

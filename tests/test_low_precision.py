@@ -433,6 +433,19 @@ def test_masters_in_checkpoints(row, dtype):
         assert_same_bits(snapshot(loaded), snapshot(anew))
         assert any(entry[name].any() for entry in loaded.state.values())
 
+    cast = {param: entry[name].to(dtype) for param, entry in loaded.state.items()}
+    expected = make([torch.nn.Parameter(p.detach().clone()) for p in loaded.param_groups[0]["params"]])
+    with pytest.warns(UserWarning):
+        expected.load_state_dict(copy.deepcopy(torchs_load(row.theirs, loaded).state_dict()))
+    for param, value in cast.items():
+        loaded.state[param][name] = value
+    for it in (loaded, expected):
+        give_gradients(it.param_groups[0]["params"], 5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if it is expected else "ignore")
+            it.step()
+    assert_same_bits(snapshot(loaded), snapshot(expected), "cast in place")
+
     before = copy.deepcopy(snapshot(loaded))
     saved["state"][3][name] = saved["state"][3][name][:5]
     with pytest.raises(ValueError, match=f"loaded '{name}' of parameter 3 has shape"):
@@ -476,6 +489,14 @@ def test_refused_steps_change_nothing(row, dtype):
         with pytest.raises(RuntimeError, match=rf"state\['{name}'\] of parameter 3 of param group 0 has shape"):
             optimizer.step()
         assert_same_bits(snapshot(optimizer), before)
+
+
+def torchs_load(cls, optimizer):
+    """torch's optimizer of copies of the parameters, with the state."""
+    params = [torch.nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]]
+    made = cls(params)
+    made.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return made
 
 
 def dict_of(snapshot):

@@ -284,7 +284,7 @@ void check_images() {
       const bool same_rows = t && random_below(6), any_change = random_below(4);
       if (!same_rows) make_rows(step, images);
       bool moved = false;
-      for (Row& row : step.rows) row.draws.step++;
+      for (Row& row : step.rows) row.draws.step += any_change;
       if (any_change && same_rows) {
         change_numbers(step, false);
         for (size_t r = 0; r < step.rows.size(); r++) {
