@@ -197,6 +197,47 @@ def test_a_training_with_other_losses_is_refused(one_thread, monkeypatch):
     assert loop.off([1.0, float("nan")], [1.0, 1.0]) == float("inf")
 
 
+@pytest.fixture
+def dry_gpu(monkeypatch):
+    """bench.gpu_loop on CPU tensors, of torch's candidates alone."""
+    pytest.importorskip("triton")
+    from . import gpu_dry, gpu_loop
+
+    monkeypatch.setattr(gpu_loop, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_loop, "CANDIDATES", ("default", "fused"))
+    with gpu_dry.dry_run():
+        yield gpu_loop
+
+
+def test_iterations_on_a_gpu(one_thread, dry_gpu):
+    """The host's time and the device's of each part, and of what is not the model's together."""
+    result = dry_gpu.measure_iterations(TASKS["RL actor 64-64"], LITTLE)
+    assert not result["refused"] and result["seconds"].keys() == {"default", "fused"}
+    for kind in ("host", "device"):
+        assert result[kind]["fused"].keys() == {*PARTS, "own"}
+        assert 0 < result[kind]["fused"]["step"]["median"] < result[kind]["fused"]["own"]["median"]
+
+
+def test_a_training_on_a_gpu_with_other_losses_is_refused(one_thread, dry_gpu, monkeypatch):
+    """Unless torch's own are as far from one another."""
+    monkeypatch.setitem(CANDIDATES, "fused", lambda row, params, dtype: torch.optim.Adam(params, lr=2e-3))
+    result = dry_gpu.measure_iterations(TASKS["RL actor 64-64"], LITTLE)
+    assert set(result["refused"]) == {"fused"}
+    assert set(result["seconds"]) == set(result["host"]) == set(result["device"]) == {"default"}
+    difference = result["losses_off"]["fused"]
+    monkeypatch.setattr(dry_gpu, "off", lambda losses, expected: difference)
+    assert not dry_gpu.measure_iterations(TASKS["RL actor 64-64"], LITTLE)["refused"]
+
+
+def test_calls_on_a_gpu(one_thread, dry_gpu):
+    """Each has new gradients before every call, and both times."""
+    prepared, called = [], []
+    calls = {name: lambda name=name: called.append(name) for name in ("a", "b")}
+    result = dry_gpu.measure_calls(calls, prepared.append, LITTLE, lambda step, host: step() or 1e-3, "a")
+    assert prepared == called and len(called) == 2 + 4 * result["rounds"]
+    assert result["ratio"]["b"]["median"] == 1 and result["host"].keys() == {"a", "b"}
+
+
 def test_steps_with_cold_caches(one_thread, monkeypatch):
     monkeypatch.setattr(loop, "OTHER_DATA", 1 << 10)
     result = loop.measure_cold(TINY, ["fastopt", "fused"], LITTLE)

@@ -12,6 +12,8 @@ from bench.gpu_all import Part, page, run_all
 
 NAMES = [part.name for part in gpu_all.parts("python", gpu_all.ROOT / "build" / "gpu", full=False, dry=False)]
 
+RESULT_BYTES = 16 << 20
+
 
 def says(text, status=0, seconds=0):
     """A command that prints, sleeps and exits."""
@@ -22,6 +24,7 @@ def test_parts_and_their_time():
     parts = gpu_all.parts("python", gpu_all.ROOT / "build" / "gpu", full=False, dry=False)
     assert NAMES == ["versions", "build", "tests", "speed", "limits", "loop", "profile", "sanitizer", "plots"]
     assert gpu_all.SECONDS < 9 * 60 and all(part.seconds < gpu_all.SECONDS / 2 for part in parts)
+    assert len(parts) * gpu_all.LOG_BYTES < RESULT_BYTES / 2  # the other half is for numbers and plots
     assert [part.needs for part in parts if part.needs] == ["ncu", "compute-sanitizer"]
 
 
@@ -146,6 +149,7 @@ def test_the_whole_of_it_without_a_gpu(tmp_path):
     done = subprocess.run(command, cwd=gpu_all.ROOT, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "ratios.png", "results.json", "summary.md"}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < RESULT_BYTES
     results = json.loads((tmp_path / "results.json").read_text())
     assert all(result["refused"] == {} for result in results["speed"]["results"])
     assert [result["bytes"] for result in results["speed"]["results"]] == [2 * 28, 2 * 20]  # of two numbers
