@@ -4,6 +4,7 @@ Every candidate of an optimizer starts from the same values, has the same fixed 
 for-loop after a few steps. One that is wrong is refused: it gets no timing.
 """
 
+import copy
 import importlib.util
 import inspect
 import os
@@ -30,9 +31,9 @@ class Row:
     slots: tuple[str, ...]
     options: dict[str, Any]
 
-    def bytes_per_element(self, itemsize: int) -> int:
+    def bytes_per_element(self, itemsize: int, state_itemsize: int | None = None) -> int:
         """What one pass must move: param, grad and slots read, param and slots written."""
-        return itemsize * (2 * (1 + len(self.slots)) + 1)
+        return 3 * itemsize + 2 * len(self.slots) * (state_itemsize or itemsize)
 
 
 OPTIMIZERS = {
@@ -61,6 +62,13 @@ class Problem:
         self.workload, self.dtype = workload, dtype
         self.start = [(0.02 * torch.randn(shape, generator=generator)).to(dtype) for shape in workload.shapes]
         self.grads = [torch.randn(shape, generator=generator).to(dtype) for shape in workload.shapes]
+
+    def to(self, device: torch.device) -> "Problem":
+        """The same values on a device."""
+        moved = copy.copy(self)
+        moved.start = [tensor.to(device) for tensor in self.start]
+        moved.grads = [tensor.to(device) for tensor in self.grads]
+        return moved
 
     def groups(self, dtype: torch.dtype, copy_grads: bool = False) -> list[dict[str, Any]]:
         """Fresh parameters with their gradients; each group has a learning rate of its own."""
@@ -176,8 +184,18 @@ def values(optimizer: Optimizer, row: Row, problem: Problem) -> Iterator[tuple[s
             yield f"{slot} {i}", states[slot] if slot in states else states["exp_avg_sq"], torch.zeros(())
 
 
-def check(candidate: str, optimizer: Optimizer, expected: Optimizer, row: Row, problem: Problem) -> str:
-    """Takes the check's steps and compares every element of every param and state: "", or what is wrong."""
+def check(
+    candidate: str,
+    optimizer: Optimizer,
+    expected: Optimizer,
+    row: Row,
+    problem: Problem,
+    state_dtype: torch.dtype | None = None,
+) -> str:
+    """Takes the check's steps and compares every element of every param and state: "", or what is wrong.
+
+    With states of a dtype of their own, what a value may be off by is that of this dtype.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for _ in range(CHECK_STEPS):
         for param, grad in zip(params, problem.grads, strict=True):
@@ -186,8 +204,9 @@ def check(candidate: str, optimizer: Optimizer, expected: Optimizer, row: Row, p
         optimizer.step()
     if candidate == "fastopt" and (reasons := importlib.import_module("fastopt").backend_info()["torch_steps"]):
         return f"torch's own step ran: {reasons}"
-    ulps, share = tolerance(candidate, problem.dtype)
-    unit = ulps * torch.finfo(problem.dtype).eps
+    dtype = state_dtype or problem.dtype
+    ulps, share = tolerance(candidate, dtype)
+    unit = ulps * torch.finfo(dtype).eps
     for (name, value, start), (_, right, _) in zip(
         values(optimizer, row, problem), values(expected, row, problem), strict=True
     ):

@@ -109,11 +109,13 @@ def is_packages(path: str) -> bool:
 
 def parts(python: str, out: Path, full: bool, dry: bool) -> list[Part]:
     work = out / "parts"
-    small = ["--workloads", "two scalars", "--optimizers", "Adam", "--dtype", "fp32"] if dry else []
+    small = ["--workloads", "two scalars", "--optimizers", "Adam", "--dtype", "fp32", "fp32+bf16"] if dry else []
     module = [python, "-m", *(["bench.gpu_dry"] if dry else [])]
     effort = [] if full else ["--quick"]
     long = 20 if full else 1
     limits = ["--seconds", "25" if dry else str(70 * long), "--elements", "3000" if dry else str(1 << 26)]
+    around = ["--seconds", "120" if dry else str(60 * long)]
+    around += ["--tasks", "linear regression", "--workloads", "two scalars"] if dry else []
     tests = [python, "-m", "pytest", "-m", "gpu", "--tb=short", "tests/test_gpu_hardware.py"]
     at_once = ["-n", "4"] if importlib.util.find_spec("xdist") else []  # most of the time Triton compiles
     some = [*tests, "-k", "Adam and (float32-float32 or queued or in_a_graph)"]
@@ -130,6 +132,8 @@ def parts(python: str, out: Path, full: bool, dry: bool) -> list[Part]:
              environment=cache),
         Part("limits", [*module, "bench.gpu_limits", *limits, "--json", str(work / "limits.json")], 110 * long,
              environment=cache),
+        Part("loop", [*module, "bench.gpu_loop", *effort, *around, "--json", str(work / "loop.json")],
+             180 if dry else 90 * long, environment=cache),
         Part("profile", profile, 60, needs="ncu", environment=cache),
         Part("sanitizer", [*sanitize, *some], 90 * long, needs="compute-sanitizer", environment=cache),
         Part("plots", [python, "-m", "bench.report", str(work / "speed.json"), "--plots", str(out)], 40),
@@ -161,7 +165,7 @@ def gather(outcomes: Sequence[Outcome], work: Path) -> dict[str, Any]:
     from bench.gpu_profile import parse
 
     found: dict[str, Any] = {"parts": {o.name: [o.status, round(o.seconds, 1), o.why] for o in outcomes}}
-    for name in ("speed", "limits"):
+    for name in ("speed", "limits", "loop"):
         try:
             found[name] = json.loads((work / f"{name}.json").read_text())
         except (OSError, ValueError):
@@ -180,7 +184,8 @@ def page(outcomes: Sequence[Outcome], found: dict[str, Any]) -> str:
     lines += ["| part | | seconds | |", "|---|---|---|---|"]
     lines += [f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.why or last_line(o)} |" for o in outcomes]
     lines += [""]
-    for title, section in (("Speed", speed), ("Limits", limits), ("ncu, fp32 Adam", profile)):
+    sections = {"Speed": speed, "What surrounds a step": loop, "Limits": limits, "ncu, fp32 Adam": profile}
+    for title, section in sections.items():
         try:
             text = section(found)
         except Exception as error:  # of results that another version wrote, or half of them
@@ -246,6 +251,48 @@ def limits(found: dict[str, Any]) -> str:
     if document.get("left_out"):
         lines.append("- left out for lack of time: " + ", ".join(document["left_out"]))
     return "\n".join(lines)
+
+
+def loop(found: dict[str, Any]) -> str:
+    """What bench.gpu_loop found: a line for each task, whole step and function."""
+    document = found.get("loop", {})
+    names = {"iterations": ("folded", "fastopt", "default", "fused"), "whole": ("folded", "fastopt", "torch"),
+             "functions": ("fastopt", "torch")}  # fmt: skip
+    titles = {
+        "iterations": "iterations in a row; host and device: of what is not the model's",
+        "whole": "around a step of Adam",
+        "functions": "function",
+    }
+    lines = []
+    for kind, columns in names.items():
+        if not (results := document.get(kind)):
+            continue
+        for r in results:
+            for name, why in r.get("refused", {}).items():
+                lines += [f"WRONG: {r['task']}, {name}: {why}", ""]
+        of = " / ".join(columns)
+        lines += [f"| {titles[kind]} | {' | '.join(columns)} | host, us: {of} | device, us: {of} |",
+                  "|---" * (len(columns) + 3) + "|"]  # fmt: skip
+        for r in results:
+            ratios = r.get("ratio", {})
+            cells = [f"{ratios[name]['median']:.2f} x" if name in ratios else "-" for name in columns]
+            if columns[0] in ratios:
+                cells[0] = f"{1e6 * r['seconds'][columns[0]]['median']:.1f} us"
+            if kind == "iterations":
+                host, device = ({name: parts["own"] for name, parts in r[at].items()} for at in ("host", "device"))
+            else:
+                host, device = r["host"], r["seconds"]
+            cells += [
+                " / ".join(f"{1e6 * of_kind[name]['median']:.1f}" if name in of_kind else "-" for name in columns)
+                for of_kind in (host, device)
+            ]
+            lines.append(f"| {r.get('task') or r['function'] + ', ' + r['workload']} | {' | '.join(cells)} |")
+        lines.append("")
+    if lines:
+        lines += ["Folded: by options of the optimizer, and fastopt.GradScaler. Others are in units of the first.", ""]
+    if document.get("left_out"):
+        lines.append("Left out for lack of time: " + ", ".join(document["left_out"]))
+    return "\n".join(lines).strip()
 
 
 def profile(found: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ CHECKED = 20  # iterations whose losses are compared
 # Of a loss, relatively. The norms differ by the rounding of torch's float32 sums, and torch's implementations among one
 # another by that of their updates; both are in the parameters of the next iteration.
 LOSS_TOLERANCE = 1e-4
+CPU = torch.device("cpu")
 OTHER_DATA = 256 << 20  # bytes, more than the caches of two cores hold
 
 Clock = Callable[[], float]
@@ -151,12 +152,12 @@ TASKS = {
 class Training:
     """The training of one candidate: every one of a task sees the same numbers."""
 
-    def __init__(self, task: Task, candidate: str) -> None:
+    def __init__(self, task: Task, candidate: str, device: torch.device = CPU) -> None:
         folded, candidate = candidate == FOLDED, "fastopt" if candidate == FOLDED else candidate
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.model = task.model()
-            self.batches = cycle([task.batch() for _ in range(8)])
+            self.model = task.model().to(device)
+            self.batches = cycle([[tensor.to(device) for tensor in task.batch()] for _ in range(8)])
         model, params = self.model, list(self.model.parameters())
         self.loss, self.losses = task.loss, list[float]()
         self.clip: Callable[[], Any] = lambda: None
@@ -299,23 +300,23 @@ def measure_cold(workload: Workload, candidates: list[str], effort: Effort) -> d
 Calls = dict[str, Callable[[], Any]]
 
 
-def with_grads(workload: Workload) -> list[nn.Parameter]:
-    return Problem(workload, torch.float32).groups(torch.float32, copy_grads=True)[0]["params"]
+def with_grads(problem: Problem) -> list[nn.Parameter]:
+    return problem.groups(torch.float32, copy_grads=True)[0]["params"]
 
 
-def clipping(workload: Workload, max_norm: float) -> Calls:
+def clipping(problem: Problem, max_norm: float) -> Calls:
     """Gradients that are clipped stay so where max_norm is 0 alone; all that is written are zeros then."""
     fastopt: Any = module_or_none("fastopt")
-    ours, theirs = with_grads(workload), with_grads(workload)
+    ours, theirs = with_grads(problem), with_grads(problem)
     return {
         "fastopt": lambda: fastopt.clip_grad_norm_(ours, max_norm),
         "torch": lambda: torch.nn.utils.clip_grad_norm_(theirs, max_norm),
     }
 
 
-def averaging(workload: Workload) -> Calls:
+def averaging(problem: Problem) -> Calls:
     fastopt: Any = module_or_none("fastopt")
-    values = [param.detach() for param in with_grads(workload)]
+    values = [param.detach() for param in with_grads(problem)]
     calls: Calls = {}
     for name, of in (("fastopt", fastopt.swa_utils), ("torch", torch.optim.swa_utils)):
         averages = [value.clone() for value in values]
@@ -323,9 +324,9 @@ def averaging(workload: Workload) -> Calls:
     return calls
 
 
-def averaging_models(workload: Workload) -> Calls:
+def averaging_models(problem: Problem) -> Calls:
     fastopt: Any = module_or_none("fastopt")
-    model = nn.ParameterList(with_grads(workload))
+    model = nn.ParameterList(with_grads(problem))
     calls: Calls = {}
     for name, of in (("fastopt", fastopt.swa_utils), ("torch", torch.optim.swa_utils)):
         average = of.AveragedModel(model, multi_avg_fn=of.get_ema_multi_avg_fn(DECAY))
@@ -334,10 +335,10 @@ def averaging_models(workload: Workload) -> Calls:
     return calls
 
 
-def zeroing(workload: Workload, set_to_none: bool) -> tuple[Calls, Callable[[str], Any]]:
+def zeroing(problem: Problem, set_to_none: bool) -> tuple[Calls, Callable[[str], Any]]:
     """The calls, and what must be done before each: gradients to drop, of which nothing is freed, as they are kept."""
     fastopt: Any = module_or_none("fastopt")
-    params = with_grads(workload)
+    params = with_grads(problem)
     grads = [(param, param.grad) for param in params]
 
     def prepare(name: str) -> None:
@@ -350,47 +351,53 @@ def zeroing(workload: Workload, set_to_none: bool) -> tuple[Calls, Callable[[str
     }, prepare
 
 
-def measure_functions(workload: Workload, effort: Effort) -> Iterator[dict[str, Any]]:
-    def result(function: str, times: dict[str, list[float]]) -> dict[str, Any]:
-        gc.collect()  # the tensors of the one before
-        head = {"function": function, "workload": workload.name, "threads": torch.get_num_threads()}
-        return head | compare_times(times)
+def functions(problem: Problem) -> Iterator[tuple[str, Calls, Callable[[str], Any] | None]]:
+    """The name of each function, a call of ours and of torch's, and what must be done before a call."""
+    yield "clip_grad_norm_, not clipping", clipping(problem, 1e9), None
+    yield "clip_grad_norm_, clipping", clipping(problem, 0.0), None
+    yield "get_ema_multi_avg_fn", averaging(problem), None
+    yield "AveragedModel.update_parameters", averaging_models(problem), None
+    yield "zero_grad()", *zeroing(problem, True)
+    yield "zero_grad(set_to_none=False)", zeroing(problem, False)[0], None
 
-    for function, make_calls in (
-        ("clip_grad_norm_, not clipping", partial(clipping, workload, 1e9)),
-        ("clip_grad_norm_, clipping", partial(clipping, workload, 0.0)),
-        ("get_ema_multi_avg_fn", partial(averaging, workload)),
-        ("AveragedModel.update_parameters", partial(averaging_models, workload)),
-    ):
-        calls = make_calls()
-        yield result(function, interleave(calls, effort, calls))
+
+def measure_functions(workload: Workload, effort: Effort) -> Iterator[dict[str, Any]]:
+    for function, calls, prepare in functions(Problem(workload, torch.float32)):
+        head = {"function": function, "workload": workload.name, "threads": torch.get_num_threads()}
+        times = single_calls(calls, prepare, effort) if prepare else interleave(calls, effort, calls)
         del calls
-    calls, prepare = zeroing(workload, True)
-    yield result("zero_grad()", single_calls(calls, prepare, effort))
-    calls, prepare = zeroing(workload, False)
-    yield result("zero_grad(set_to_none=False)", interleave(calls, effort, calls))
+        gc.collect()  # its tensors
+        yield head | compare_times(times)
+
+
+WHOLES: dict[str, set[str]] = {
+    "clip, step, zero_grad": {"clip"},
+    "unscale, step, zero_grad": {"unscale"},
+    "unscale, clip, step, average, zero_grad": {"unscale", "clip", "average"},
+}
 
 
 class Whole:
-    """A step of Adam with all that surrounds it, clipping that multiplies: "folded", inside the step, or one by one."""
+    """A step of Adam with what surrounds it: "folded", inside the step, or one by one. Clipping multiplies."""
 
-    def __init__(self, workload: Workload, how: str, scaled: bool) -> None:
+    def __init__(self, problem: Problem, how: str, parts: set[str]) -> None:
         fastopt: Any = module_or_none("fastopt")
         optim: Any = torch.optim if how == "torch" else fastopt
-        groups = Problem(workload, torch.float32).groups(torch.float32, copy_grads=True)
+        groups = problem.groups(torch.float32, copy_grads=True)
         params = [param for group in groups for param in group["params"]]
-        fresh = Problem(workload, torch.float32).grads
-        self.grads = [(param, param.grad, values) for param, values in zip(params, fresh, strict=True)]
-        self.folded, self.scaled, self.model = how == FOLDED, scaled, nn.ParameterList(params)
+        self.grads = [(param, param.grad, values) for param, values in zip(params, problem.grads, strict=True)]
+        self.folded, self.parts, self.model = how == FOLDED, parts, nn.ParameterList(params)
         options: dict[str, Any] = {"fused": True} if how == "torch" else {}
         if self.folded:
-            options = {"max_grad_norm": MAX_NORM} | ({"ema_decay": DECAY} if scaled else {})
+            values = {"clip": {"max_grad_norm": MAX_NORM}, "average": {"ema_decay": DECAY}}
+            options = {name: value for part in parts & values.keys() for name, value in values[part].items()}
         self.optimizer = optim.Adam(groups, **options)
         self.clip = torch.nn.utils.clip_grad_norm_ if how == "torch" else fastopt.clip_grad_norm_
-        if scaled:
-            self.scaler = (fastopt if self.folded else torch.amp).GradScaler("cpu", init_scale=2.0)
-            self.scaler.scale(torch.ones(()))
-        if scaled and not self.folded:
+        if "unscale" in parts:
+            device = params[0].device
+            self.scaler = (fastopt if self.folded else torch.amp).GradScaler(device.type, init_scale=2.0)
+            self.scaler.scale(torch.ones((), device=device))
+        if "average" in parts and not self.folded:
             ema = optim.swa_utils.get_ema_multi_avg_fn(DECAY)
             self.average = optim.swa_utils.AveragedModel(self.model, multi_avg_fn=ema)
 
@@ -400,26 +407,32 @@ class Whole:
             param.grad = grad.copy_(values)
 
     def __call__(self) -> None:
-        if not self.folded:
-            if self.scaled:
+        scales, apart = "unscale" in self.parts, set() if self.folded else self.parts
+        if "clip" in apart:
+            if scales:
                 self.scaler.unscale_(self.optimizer)
             self.clip(self.model.parameters(), MAX_NORM)
-        if self.scaled:
+        if scales:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
-        if self.scaled and not self.folded:
+        if "average" in apart:
             self.average.update_parameters(self.model)
         self.optimizer.zero_grad()
 
 
+def wholes(problem: Problem, parts: set[str]) -> dict[str, Whole]:
+    return {how: Whole(problem, how, parts) for how in (FOLDED, "fastopt", "torch")}
+
+
 def measure_whole(workload: Workload, effort: Effort) -> Iterator[dict[str, Any]]:
-    for title, scaled in (("clip, step, zero_grad", False), ("unscale, clip, step, average, zero_grad", True)):
-        wholes = {how: Whole(workload, how, scaled) for how in (FOLDED, "fastopt", "torch")}
+    problem = Problem(workload, torch.float32)
+    for title, parts in WHOLES.items():
+        calls = wholes(problem, parts)
         head = {"function": title, "workload": workload.name, "threads": torch.get_num_threads()}
-        times = single_calls(dict(wholes), lambda name, of=wholes: of[name].prepare(), effort)
-        del wholes
+        times = single_calls(dict(calls), lambda name, of=calls: of[name].prepare(), effort)
+        del calls
         gc.collect()
         yield head | compare_times(times, FOLDED)
 

@@ -197,6 +197,47 @@ def test_a_training_with_other_losses_is_refused(one_thread, monkeypatch):
     assert loop.off([1.0, float("nan")], [1.0, 1.0]) == float("inf")
 
 
+@pytest.fixture
+def dry_gpu(monkeypatch):
+    """bench.gpu_loop on CPU tensors, of torch's candidates alone."""
+    pytest.importorskip("triton")
+    from . import gpu_dry, gpu_loop
+
+    monkeypatch.setattr(gpu_loop, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_loop, "CANDIDATES", ("default", "fused"))
+    with gpu_dry.dry_run():
+        yield gpu_loop
+
+
+def test_iterations_on_a_gpu(one_thread, dry_gpu):
+    """The host's time and the device's of each part, and of what is not the model's together."""
+    result = dry_gpu.measure_iterations(TASKS["RL actor 64-64"], LITTLE)
+    assert not result["refused"] and result["seconds"].keys() == {"default", "fused"}
+    for kind in ("host", "device"):
+        assert result[kind]["fused"].keys() == {*PARTS, "own"}
+        assert 0 < result[kind]["fused"]["step"]["median"] < result[kind]["fused"]["own"]["median"]
+
+
+def test_a_training_on_a_gpu_with_other_losses_is_refused(one_thread, dry_gpu, monkeypatch):
+    """Unless torch's own are as far from one another."""
+    monkeypatch.setitem(CANDIDATES, "fused", lambda row, params, dtype: torch.optim.Adam(params, lr=2e-3))
+    result = dry_gpu.measure_iterations(TASKS["RL actor 64-64"], LITTLE)
+    assert set(result["refused"]) == {"fused"}
+    assert set(result["seconds"]) == set(result["host"]) == set(result["device"]) == {"default"}
+    difference = result["losses_off"]["fused"]
+    monkeypatch.setattr(dry_gpu, "off", lambda losses, expected: difference)
+    assert not dry_gpu.measure_iterations(TASKS["RL actor 64-64"], LITTLE)["refused"]
+
+
+def test_calls_on_a_gpu(one_thread, dry_gpu):
+    """Each has new gradients before every call, and both times."""
+    prepared, called = [], []
+    calls = {name: lambda name=name: called.append(name) for name in ("a", "b")}
+    result = dry_gpu.measure_calls(calls, prepared.append, LITTLE, lambda step, host: step() or 1e-3, "a")
+    assert prepared == called and len(called) == 2 + 4 * result["rounds"]
+    assert result["ratio"]["b"]["median"] == 1 and result["host"].keys() == {"a", "b"}
+
+
 def test_steps_with_cold_caches(one_thread, monkeypatch):
     monkeypatch.setattr(loop, "OTHER_DATA", 1 << 10)
     result = loop.measure_cold(TINY, ["fastopt", "fused"], LITTLE)
@@ -209,7 +250,8 @@ def test_functions_are_called_on_what_they_shall_do(one_thread):
     results = list(loop.measure_functions(TINY, LITTLE))
     assert len({result["function"] for result in results}) == len(results) == 6
     assert all(result["seconds"].keys() == {"fastopt", "torch"} for result in results)
-    calls, prepare = loop.zeroing(TINY, True)
+    problem = Problem(TINY, torch.float32)
+    calls, prepare = loop.zeroing(problem, True)
     (optimizer,) = {call.func.__self__ for name, call in calls.items() if name == "torch"}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for call in calls.values():
@@ -217,23 +259,23 @@ def test_functions_are_called_on_what_they_shall_do(one_thread):
         assert all(param.grad is not None for param in params)
         call()
         assert all(param.grad is None for param in params)
-    for call in loop.clipping(TINY, 1e9).values():
+    for call in loop.clipping(problem, 1e9).values():
         assert call() > 1
-    for call in loop.clipping(TINY, 0.0).values():
+    for call in loop.clipping(problem, 0.0).values():
         call()
         assert call() == 0
-    ours, theirs = loop.averaging(TINY).values()
+    ours, theirs = loop.averaging(problem).values()
     before = theirs.args[0][0].clone()
     ours(), theirs()
     assert torch.equal(ours.args[0][0], theirs.args[0][0]) and ours.args[0][0] is not ours.args[1][0]
     assert before.shape == theirs.args[0][0].shape
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_what_surrounds_a_step_is_the_same_inside_it(one_thread, scaled):
+@pytest.mark.parametrize("parts", loop.WHOLES.values(), ids=loop.WHOLES.keys())
+def test_what_surrounds_a_step_is_the_same_inside_it(one_thread, parts):
     """The three leave the same parameters, as far as the rounding of torch's norm allows, and no gradient."""
     pytest.importorskip("fastopt")
-    wholes = {how: loop.Whole(TINY, how, scaled) for how in ("folded", "fastopt", "torch")}
+    wholes = loop.wholes(Problem(TINY, torch.float32), parts)
     for whole in wholes.values():
         for _ in range(3):
             whole.prepare()
@@ -243,9 +285,14 @@ def test_what_surrounds_a_step_is_the_same_inside_it(one_thread, scaled):
         assert torch.equal(folded, apart)
         torch.testing.assert_close(folded, torchs)
     averages = [wholes["folded"].optimizer.state[param].get("ema") for param in wholes["folded"].model]
-    assert [average is None for average in averages] == [not scaled] * len(averages)
-    if scaled:
+    assert [average is None for average in averages] == ["average" not in parts] * len(averages)
+    if "average" in parts:
         torch.testing.assert_close(averages, [param.detach() for param in wholes["torch"].average.module])
+
+
+def test_whole_steps_are_timed(one_thread):
+    pytest.importorskip("fastopt")
     results = list(loop.measure_whole(TINY, LITTLE))
-    assert all(result["seconds"].keys() == wholes.keys() and result["unit"] == "folded" for result in results)
+    assert [result["function"] for result in results] == list(loop.WHOLES)
+    assert all(len(result["seconds"]) == 3 and result["unit"] == "folded" for result in results)
     assert "unscale, clip, step" in report.loop_text({"whole": results})

@@ -615,6 +615,17 @@ def test_a_graph_uploads_what_can_differ(row, idle_gpu, monkeypatch):
 
 
 @every_row
+def test_a_plain_step_does_nothing_for_what_others_do_beside_it(row, idle_gpu, monkeypatch):
+    """Clipping, scales and averages cost the host nothing where there are none."""
+    optimizer, params = stepped(row)
+    idle_gpu.launches.clear()
+    for place, name in (("gpu.Sent", "__new__"), ("gpu.Gpu", "make_ready"), ("optimizer", "_step_with")):
+        monkeypatch.setattr(f"fastopt.{place}.{name}", None)
+    optimizer.step()
+    assert len(idle_gpu.launches) == 1
+
+
+@every_row
 def test_a_buffer_is_kept_for_every_stream_that_uses_it(row, idle_gpu, monkeypatch):
     """Memory is handed out again when what its own stream was sent is done, unless it is told of another stream."""
     recorded, stream = [], 0

@@ -12,6 +12,8 @@ from bench.gpu_all import Part, page, run_all
 
 NAMES = [part.name for part in gpu_all.parts("python", gpu_all.ROOT / "build" / "gpu", full=False, dry=False)]
 
+RESULT_BYTES = 16 << 20
+
 
 def says(text, status=0, seconds=0):
     """A command that prints, sleeps and exits."""
@@ -20,8 +22,9 @@ def says(text, status=0, seconds=0):
 
 def test_parts_and_their_time():
     parts = gpu_all.parts("python", gpu_all.ROOT / "build" / "gpu", full=False, dry=False)
-    assert NAMES == ["versions", "build", "tests", "speed", "limits", "profile", "sanitizer", "plots"]
+    assert NAMES == ["versions", "build", "tests", "speed", "limits", "loop", "profile", "sanitizer", "plots"]
     assert gpu_all.SECONDS < 9 * 60 and all(part.seconds < gpu_all.SECONDS / 2 for part in parts)
+    assert len(parts) * gpu_all.LOG_BYTES < RESULT_BYTES / 2  # the other half is for numbers and plots
     assert [part.needs for part in parts if part.needs] == ["ncu", "compute-sanitizer"]
 
 
@@ -77,6 +80,25 @@ NCU = '''==PROF== Connected to process 7
 '''
 
 
+def loop_results():
+    """A result of each kind, one of them wrong."""
+
+    def times(*names):
+        return {
+            "seconds": {name: {"median": 1e-3} for name in names}, "ratio": {name: {"median": 2.0} for name in names},
+            "host": {name: {"median": 2e-5} for name in names},
+        }  # fmt: skip
+
+    timed = ("folded", "fastopt", "default")
+    parts = {at: {name: {"own": {"median": took}} for name in timed} for at, took in (("host", 8e-6), ("device", 3e-6))}
+    return {
+        "iterations": [{"task": "GPT", "refused": {"fused": "losses differ"}, **times(*timed), **parts}],
+        "whole": [{"function": "clip, step", "workload": "mlp", **times("folded", "fastopt", "torch")}],
+        "functions": [{"function": "clip_grad_norm_", "workload": "mlp", **times("fastopt", "torch")}],
+        "left_out": ["functions of gpt2"],
+    }
+
+
 def test_page_of_results():
     """What a person looks for is there, whatever of the results is missing or broken."""
     spread = {"median": 2.0, "q20": 1.9, "q80": 2.1}
@@ -92,6 +114,7 @@ def test_page_of_results():
         "speed": {"environment": {"device": "a GPU", "copy_bandwidth": {"median": 4e12}}, "results": [result, refused]},
         "limits": {"limits": {"zeros": {"seconds": {"zero": 1e-4}}, "sweep": {"settings": settings}}},
         "profile": gpu_profile.parse(NCU),
+        "loop": loop_results(),
     }
     found["limits"]["left_out"] = ["graph"]
     text = page([], found)
@@ -103,6 +126,11 @@ def test_page_of_results():
         "- left out for lack of time: graph",
         "- bandwidth of the memory: 3.9 Tbyte/s",
         "- registers a thread: 62 register/thread",
+        "WRONG: GPT, fused: losses differ",
+        "| GPT | 1000.0 us | 2.00 x | 2.00 x | - | 8.0 / 8.0 / 8.0 / - | 3.0 / 3.0 / 3.0 / - |",
+        "| clip, step, mlp | 1000.0 us | 2.00 x | 2.00 x | 20.0 / 20.0 / 20.0 | 1000.0 / 1000.0 / 1000.0 |",
+        "| clip_grad_norm_, mlp | 1000.0 us | 2.00 x | 20.0 / 20.0 | 1000.0 / 1000.0 |",
+        "Left out for lack of time: functions of gpt2",
     ):
         assert words in text
     assert gpu_profile.parse("==ERROR== ERR_NVGPUCTRPERM") == {}
@@ -121,6 +149,11 @@ def test_the_whole_of_it_without_a_gpu(tmp_path):
     done = subprocess.run(command, cwd=gpu_all.ROOT, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "ratios.png", "results.json", "summary.md"}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < RESULT_BYTES
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["speed"]["results"][0]["refused"] == {}
+    assert all(result["refused"] == {} for result in results["speed"]["results"])
+    assert [result["bytes"] for result in results["speed"]["results"]] == [2 * 28, 2 * 20]  # of two numbers
+    (iterations,) = results["loop"]["iterations"]
+    assert iterations["refused"] == {} and set(iterations["device"]) == {"folded", "fastopt", "default", "fused"}
+    assert results["loop"]["whole"] and results["loop"]["functions"] and not results["loop"]["left_out"]
     assert "a dry run on the PTX interpreter" in (tmp_path / "summary.md").read_text()
