@@ -184,6 +184,29 @@ def loop_text(document: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def low_precision_table(result: Result) -> str:
+    """bench.low_precision's ways to keep the weights, a line for each.
+
+    Ratios are the median over rounds and, behind it, that of the two 20 % quantiles, which neighbours disturb less.
+    """
+    lines = []
+    for name, moved in result["bytes"].items():
+        seconds = result["seconds"][name]
+        ratios = [
+            f"{ratio['median']:{form}}, {ratio['quick']:{form}}" if (ratio := result[key].get(name)) else "-"
+            for key, form in (("of_roof", ".0%"), ("gain", ".2f"))
+        ]
+        kept = str(result["kept"][name])
+        lines.append([name, kept, str(moved), duration(seconds["median"]), duration(seconds["q20"]), *ratios])
+    title = (
+        f"### {result['workload']}, Adam: {count(result['tensors'], 'tensor')}, {result['elements']:,} elements, "
+        f"{count(result['threads'], 'thread')}, {count(result.get('rounds', 0), 'round')}\n\n"
+    )
+    header = ["", "bytes kept", "moved", "median", "20 %", "of its roof", "times as fast as torch's fused fp32"]
+    notes = "".join(f"\n{name}: WRONG, not timed ({why})" for name, why in result["refused"].items())
+    return title + table(header, lines) + ("\n" + notes if notes else "") + "\n"
+
+
 # ---- plots
 
 COLOURS = {"fastopt": "#d62728", "default": "#7f7f7f", "foreach": "#1f77b4", "fused": "#2ca02c", "deepspeed": "#9467bd",
@@ -268,6 +291,7 @@ def report(documents: list[dict[str, Any]], plots: Path | None) -> str:
     for document in documents:
         if "host" in document:
             text += [host_text(document["host"]), ""]
+        text += map(low_precision_table, document.get("low_precision", ()))
         if loops := loop_text(document):
             text.append(loops)
         if "instructions" in document:

@@ -10,6 +10,7 @@ speak of. Exits with 1 where fastopt was wrong.
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from .workloads import QUICK as QUICK_WORKLOADS
 from .workloads import WORKLOADS
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(description: str | None, candidates: Iterable[str] = CANDIDATES) -> argparse.ArgumentParser:
     """The options that every measuring command has."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="less time, fewer workloads")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), metavar="NAME")
+    options.add_argument("--candidates", nargs="+", choices=candidates, default=list(candidates), metavar="NAME")
     options.add_argument("--json", type=Path, help="write the results here")
     return options
 

@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 
-from . import candidates, compare, loop, measure, report, roof, workloads
+from . import candidates, compare, loop, low_precision, measure, report, roof, workloads
 from .candidates import CANDIDATES, OPTIMIZERS, Problem, check, reference
 from .loop import PARTS, TASKS, Training
 
@@ -296,3 +296,34 @@ def test_whole_steps_are_timed(one_thread):
     assert [result["function"] for result in results] == list(loop.WHOLES)
     assert all(len(result["seconds"]) == 3 and result["unit"] == "folded" for result in results)
     assert "unscale, clip, step" in report.loop_text({"whole": results})
+
+
+# ---- 16 bits
+
+
+def test_ways_to_keep_weights(one_thread, monkeypatch):
+    """Each moves the bytes that docs/low-precision.md says, has a roof of them, and is right."""
+    pytest.importorskip("fastopt")
+    monkeypatch.setattr(low_precision, "LEAST_ELEMENTS", 1)
+    result = low_precision.measure_ways(TINY, LITTLE)
+    kept_and_moved = {name: (result["kept"][name], moved) for name, moved in result["bytes"].items()}
+    assert kept_and_moved == {
+        "torch fused, fp32": (12, 28), "torch fused, bf16": (6, 14), "fp32": (12, 28), "fp32, bf16 state": (8, 20),
+        "bf16 + remainder, fp32 state": (12, 26), "bf16 + remainder, bf16 state": (8, 18),
+        "bf16, stochastic rounding, fp32 state": (10, 22), "bf16": (6, 14),
+    }  # fmt: skip
+    assert not result["refused"] and not result["absent"]
+    assert result["of_roof"].keys() == result["gain"].keys() == result["bytes"].keys()
+    text = report.report([{"environment": measure.environment(), "low_precision": [result]}], None)
+    assert all(f"| {name} " in text for name in result["bytes"])
+
+
+def test_a_lost_remainder_is_refused(one_thread, monkeypatch):
+    fastopt = pytest.importorskip("fastopt")
+    name = "bf16 + remainder, fp32 state"
+    monkeypatch.setattr(fastopt, "master_weights", lambda optimizer: {
+        param: param.detach().float() for group in optimizer.param_groups for param in group["params"]
+    })  # fmt: skip
+    result = low_precision.measure_ways(TINY, LITTLE, [name])
+    assert result["refused"].keys() == {name} and "seconds" not in result
+    assert f"{name}: WRONG" in report.low_precision_table(result)
