@@ -48,7 +48,8 @@ demo: setup  ## train with fastopt beside torch.optim; prints a table, writes a 
 
 # ---- tests
 
-test: lint native pytest pytest-triton  ## everything CI runs
+test: setup  ## everything CI runs, two things at a time
+	$(MAKE) --no-print-directory --jobs=2 lint native pytest pytest-triton
 
 pytest: setup
 	$(PY) -m pytest

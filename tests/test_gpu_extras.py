@@ -37,7 +37,7 @@ CLIP, EMA, UNSCALE = {"max_grad_norm": 3.0}, {"ema_decay": 0.9}, {"scale": 1024.
 WAYS = [CLIP, EMA, UNSCALE, CLIP | EMA, UNSCALE | CLIP, UNSCALE | EMA, UNSCALE | CLIP | EMA]
 
 
-@pytest.fixture(params=[90, 80], ids=["sm_90", "sm_80"])
+@pytest.fixture(params=[90, pytest.param(80, marks=pytest.mark.slow)], ids=["sm_90", "sm_80"])
 def gpu(request):
     with triton_serves_cpu_tensors(request.param, races=True) as stand_in:
         yield stand_in
@@ -102,8 +102,15 @@ def run(row, dtypes, way, norms=None, sizes=SIZES):
 # ---- bits
 
 
-@every_row
-@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+@pytest.mark.parametrize(
+    "row, way",  # each way with one optimizer, each optimizer with all at once; the full product is slow
+    [
+        pytest.param(
+            row, way, id=f"{row.name}-{' '.join(way)}", marks=() if row is ADAM or way is WAYS[-1] else pytest.mark.slow
+        )
+        for row, way in itertools.product(ROWS, WAYS)
+    ],
+)
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 def test_bits_of_the_cpp_backend(row, way, dtype, gpu):
     norms, actual = run(row, (dtype,), way)

@@ -35,7 +35,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=[90, 80], ids=["sm_90", "sm_80"])
+@pytest.fixture(params=[90, pytest.param(80, marks=pytest.mark.slow)], ids=["sm_90", "sm_80"])
 def gpu(request):
     with triton_serves_cpu_tensors(request.param, races=True) as stand_in:
         yield stand_in
@@ -69,9 +69,16 @@ def run(row, dtype, grad_dtype=None, norms=None, **options):
     return *found, optimizer
 
 
-@every_row
+@pytest.mark.parametrize(
+    "row, way",  # each way with one optimizer, each optimizer with three; the full product is slow
+    [
+        pytest.param(
+            row, way, id=f"{row.name}-{way}", marks=() if row is ROWS[-1] or "averaged" in way else pytest.mark.slow
+        )
+        for row, way in itertools.product(ROWS, WAYS)
+    ],
+)
 @every_dtype
-@pytest.mark.parametrize("way", WAYS)
 def test_bits_of_the_cpp_backend(row, dtype, way, gpu):
     norms, actual, _ = run(row, dtype, **WAYS[way])
     assert gpu.launches
