@@ -176,7 +176,7 @@ def test_one_wheel_for_many_torches(tmp_path):
     site = tmp_path / "site"
     sizes = {path.name.split(".")[0]: path.stat().st_size for path in (site / "fastopt").glob("_C_*")}
     assert set(sizes) == {f"_C_torch{MINOR.replace('.', '_')}", "_C_torch2_999"}  # nothing of a build before it
-    assert max(sizes.values()) < 2**21, sizes  # stripped: with symbols it is ten times that
+    assert max(sizes.values()) < 3_000_000, sizes  # stripped: with symbols it is several times that
     (metadata,) = site.glob("fastopt-*/METADATA")
     assert "Requires-Dist: torch>=2.10\n" in metadata.read_text()
     for version, built in [(torch.__version__, MINOR), ("2.999.1+cpu", "2.999")]:
