@@ -132,9 +132,9 @@ def parts(python: str, out: Path, full: bool, dry: bool) -> list[Part]:
              environment=cache),
         Part("limits", [*module, "bench.gpu_limits", *limits, "--json", str(work / "limits.json")], 110 * long,
              environment=cache),
+        Part("profile", profile, 60, needs="ncu", environment=cache),
         Part("loop", [*module, "bench.gpu_loop", *effort, *around, "--json", str(work / "loop.json")],
              180 if dry else 90 * long, environment=cache),
-        Part("profile", profile, 60, needs="ncu", environment=cache),
         Part("sanitizer", [*sanitize, *some], 90 * long, needs="compute-sanitizer", environment=cache),
         Part("plots", [python, "-m", "bench.report", str(work / "speed.json"), "--plots", str(out)], 40),
     ]  # fmt: skip

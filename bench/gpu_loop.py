@@ -8,7 +8,8 @@ other. So there are three figures: the host's time of each part, in an iteration
 device's, between events, behind a wait that is longer than the host needs; and how long an iteration in a row of them
 takes, which is what a user sees. Whole steps and functions have the first two, the device's with cold caches.
 
-A scaler reads whether there were infinities, so its step waits for the device: that is in both of its times.
+A scaler reads whether there were infinities, and an AveragedModel how many models it has averaged: both wait for the
+device, which is in both of their times.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def measure_iterations(task: Task, effort: Effort) -> dict[str, Any]:
             result["refused"][name] = f"losses differ by {difference:.1e} of their value, more than {allowed:.1e}"
             del trained[name]
 
-    sizes = {name: max(1, round(IN_A_ROW / in_a_row(training, 10))) for name, training in trained.items()}
+    sizes = {name: max(1, round(IN_A_ROW / in_a_row(training, 3))) for name, training in trained.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trained}
     parts: dict[str, dict[str, list[list[float]]]] = {
         kind: {name: [] for name in trained} for kind in ("host", "device")

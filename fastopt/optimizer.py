@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from numbers import Real
@@ -505,7 +506,15 @@ def _drop_cast_companions(self: Any, params: list[Tensor]) -> None:
     for param in lacking:
         self.state[param].pop(COMPANIONS[param.dtype][0], None)
     if lacking:
-        warnings.warn(NO_MASTERS.format(count=len(lacking)), stacklevel=4)
+        warnings.warn(NO_MASTERS.format(count=len(lacking)), stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """For a warning: how far up the line is that called this library, behind torch's wrappers."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastopt"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 _step_with_hooks = Optimizer.profile_hook_step(FusedStep.step)

@@ -268,3 +268,23 @@ def test_optimizer_state_must_travel(functions, tmp_path, monkeypatch):
         monkeypatch.setattr(optimizer, "load_state_dict", lambda self, state: None)
     lost, _ = example.interrupted("SGD", 10, path)
     assert kept[:11] == lost[:11] and all(a != b for a, b in zip(kept[11:], lost[11:], strict=True))
+
+
+def test_low_precision(script, tmp_path, colours):
+    """Remainders train as float32 does; plain bfloat16 stands still."""
+    text = script("07_low_precision.py")
+    names = ["float32", "bf16, as torch keeps it", "bf16 + remainder, bf16 state", "bf16, stochastic rounding",
+             "bf16 + remainder"]  # fmt: skip
+    rows = {name: numbers(re.search(rf"^{re.escape(name)}  +(\d.*)", text, re.M)[1]) for name in names}
+    kept_and_moved = [(12, 28), (6, 14), (8, 18), (10, 22), (12, 26)]
+    assert [tuple(row[:2]) for row in rows.values()] == kept_and_moved
+    wide, plain, *others = rows.values()
+    assert wide[2] < 3.5, "it has learned"
+    assert plain[2] > 1.015 * wide[2] and plain[4] > 3 * wide[4] and plain[5] == 100
+    for _, _, loss, off, never, norms in others:
+        assert abs(loss / wide[2] - 1) < 0.005 and abs(off) < 0.5
+        assert never < plain[4] / 3 and norms < 80
+    picture = EXAMPLES.parent / "docs" / "images" / "low-precision.png"
+    for drawn in (tmp_path / "out" / "07_low_precision.png", picture):
+        assert_drawn(drawn, "#B8BEC6", colours.FASTOPT, "#009E73", "#56B4E9", "#000000")
+    assert picture.stat().st_size < 100_000

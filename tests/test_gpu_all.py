@@ -22,7 +22,7 @@ def says(text, status=0, seconds=0):
 
 def test_parts_and_their_time():
     parts = gpu_all.parts("python", gpu_all.ROOT / "build" / "gpu", full=False, dry=False)
-    assert NAMES == ["versions", "build", "tests", "speed", "limits", "loop", "profile", "sanitizer", "plots"]
+    assert NAMES == ["versions", "build", "tests", "speed", "limits", "profile", "loop", "sanitizer", "plots"]
     assert gpu_all.SECONDS < 9 * 60 and all(part.seconds < gpu_all.SECONDS / 2 for part in parts)
     assert len(parts) * gpu_all.LOG_BYTES < RESULT_BYTES / 2  # the other half is for numbers and plots
     assert [part.needs for part in parts if part.needs] == ["ncu", "compute-sanitizer"]

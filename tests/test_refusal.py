@@ -340,11 +340,12 @@ def test_state_dtype_that_state_cannot_be(row, value):
 
 
 @every_row
-def test_state_dtype_without_extension(row, monkeypatch):
-    """Not ignored: every step would be torch's, whose state has the parameter's dtype."""
-    monkeypatch.setattr("fastopt.optimizer._C", None)
-    with pytest.raises(RuntimeError, match="state_dtype needs the C"):
-        row.ours([torch.nn.Parameter(torch.ones(3))], **row.plain, state_dtype=torch.bfloat16)
+@pytest.mark.parametrize("option", ["state_dtype", "master_weights", "stochastic_rounding"])
+def test_state_dtype_without_extension(row, option, monkeypatch):
+    """Not ignored: every step would be torch's, which has none of them."""
+    monkeypatch.setattr("fastopt.extras._C", None)
+    with pytest.raises(RuntimeError, match=f"{option}.* need fastopt's C"):
+        row.ours([torch.nn.Parameter(torch.ones(3))], **row.plain, **{option: torch.bfloat16})
 
 
 @every_row
