@@ -161,15 +161,24 @@ def for_this_torch():
 def for_many_torches(folders):
     """Folders of unpacked torch wheels (tools/unpack_torch.py), named by minor version. torch is not imported."""
 
+    linux = sys.platform != "darwin"
+    link_args = [*OPENMP[1]]
+    if linux:
+        link_args += ["-Wl,-s", "-Wl,-z,now", "-Wl,-rpath,$ORIGIN"]  # now: what is undefined is so at import
+
     class Build(build_ext):
         def build_extensions(self):
             arguments = dict(output_dir=self.build_temp, include_dirs=[CSRC])
             step = self.compiler.compile(STEP, extra_postargs=[*COMPILE_ARGS, "-std=c++17"], **arguments)
+            if linux:  # a library beside the extensions; macOS, where it is small, has it in each
+                library = Path(self.build_lib, "fastopt", "_C_step.so")
+                named = [*link_args, f"-Wl,-soname,{library.name}"]
+                self.compiler.link_shared_object(step, str(library), extra_postargs=named, target_lang="c++")
+                step = [str(library)]
             for extension in self.extensions:
-                extension.extra_objects = step  # compiled once, linked into each
+                extension.extra_objects = step
             super().build_extensions()  # one after the other: their objects have the same names
 
-    strip = [] if sys.platform == "darwin" else ["-Wl,-s", "-Wl,-z,now"]  # now: what is undefined is so at import
     extensions = [
         Extension(
             name_for(folder.name),
@@ -184,7 +193,7 @@ def for_many_torches(folders):
                 ("TORCH_API_INCLUDE_EXTENSION_H", None),
             ],
             extra_compile_args=[*COMPILE_ARGS, "-std=c++20"],
-            extra_link_args=OPENMP[1] + strip,
+            extra_link_args=link_args,
         )
         for folder in folders
     ]

@@ -4,6 +4,7 @@ The step itself is not traced: it is one call into C++ or one launch already, an
 """
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -147,6 +148,21 @@ def step_of_a_subclass(optimizer, saved, extra):
     sub.step()
 
 
+@functools.cache
+def torch_makes_subclasses():
+    """Whether Dynamo constructs a subclass of torch's own optimizers: not in torch 2.10 and 2.11."""
+
+    class Sub(torch.optim.SGD):
+        def __init__(self, params):
+            super().__init__(params)
+
+    try:
+        torch.compile(lambda: Sub([nn.Parameter(torch.ones(1))]), backend="eager")()
+    except Exception:
+        return False
+    return True
+
+
 METHODS = (load, save, add, zero, make, step_with_hooks, step_of_a_subclass)
 
 
@@ -154,6 +170,8 @@ METHODS = (load, save, add, zero, make, step_with_hooks, step_of_a_subclass)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_methods_inside_a_compiled_function(row, method):
     """Leave param groups, state and later steps as they do outside: torch shields them from Dynamo, and so do we."""
+    if method in (make, step_of_a_subclass) and not torch_makes_subclasses():
+        pytest.skip("this torch cannot construct a subclass of an optimizer in a compiled function")
     runs = []
     for compiled in (False, True):
         torch.manual_seed(0)

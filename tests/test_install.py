@@ -175,8 +175,9 @@ def test_one_wheel_for_many_torches(tmp_path):
     pip("install", "--target", str(tmp_path / "site"), str(wheel))
     site = tmp_path / "site"
     sizes = {path.name.split(".")[0]: path.stat().st_size for path in (site / "fastopt").glob("_C_*")}
-    assert set(sizes) == {f"_C_torch{MINOR.replace('.', '_')}", "_C_torch2_999"}  # nothing of a build before it
-    assert max(sizes.values()) < 2**21, sizes  # stripped: with symbols it is ten times that
+    expected = {f"_C_torch{MINOR.replace('.', '_')}", "_C_torch2_999"} | ({"_C_step"} if sys.platform == "linux" else set())
+    assert set(sizes) == expected  # nothing of a build before it
+    assert sys.platform != "linux" or sizes["_C_torch2_999"] < 1_000_000, sizes  # stripped, and without the kernels
     (metadata,) = site.glob("fastopt-*/METADATA")
     assert "Requires-Dist: torch>=2.10\n" in metadata.read_text()
     for version, built in [(torch.__version__, MINOR), ("2.999.1+cpu", "2.999")]:

@@ -16,7 +16,7 @@ def test_interruptions(row):
     environment = {**os.environ, "MALLOC_PERTURB_": "165", "PYTHONMALLOC": "debug"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    name, silent = done.stdout.strip().split(" never calls: ")
+    name, silent = done.stdout.splitlines()[-1].split(" never calls: ")  # torch 2.10's Gloo has a line too
     assert name == row.name
     not_looked_up = ("foreach", "fused", *row.constructor_only)
     assert set(silent.split(", ")) <= {f"option {name}" for name in not_looked_up}

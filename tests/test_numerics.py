@@ -73,7 +73,7 @@ def check(row, options, params, grads_per_step, prepare=None, threads=(1,), stat
 
 
 def test_every_class_has_a_row_a_functor_and_a_kernel():
-    classes = {name for name in fastopt.__all__ if isinstance(getattr(fastopt, name), type)}
+    classes = {name for name in fastopt.__all__ if isinstance(getattr(fastopt, name), type)} - {"GradScaler"}
     assert classes == {row.name for row in ROWS}
     functors = fastopt._C.algorithms()
     assert functors.keys() == {row.module for row in ROWS}

@@ -18,8 +18,9 @@ struct Isa {
   void (*reduce)(const Row& row, Norm norm, const Stages& stages, int64_t begin, int64_t end, double* tiles);
 };
 
-extern const Isa isas[];         // the best last
-extern const int isa_count;
+// All that the plan knows of isa*.cpp: a wheel for many versions of torch has them in a library of their own.
+extern __attribute__((visibility("default"))) const Isa isas[];   // the best last
+extern __attribute__((visibility("default"))) const int isa_count;
 inline const Isa* best_isa() {
   for (int i = isa_count - 1; i > 0; i--)
     if (isas[i].supported()) return &isas[i];
