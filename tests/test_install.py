@@ -175,9 +175,9 @@ def test_one_wheel_for_many_torches(tmp_path):
     pip("install", "--target", str(tmp_path / "site"), str(wheel))
     site = tmp_path / "site"
     sizes = {path.name.split(".")[0]: path.stat().st_size for path in (site / "fastopt").glob("_C_*")}
-    expected = {f"_C_torch{MINOR.replace('.', '_')}", "_C_torch2_999"} | ({"_C_step"} if sys.platform == "linux" else set())
-    assert set(sizes) == expected  # nothing of a build before it
-    assert sys.platform != "linux" or sizes["_C_torch2_999"] < 1_000_000, sizes  # stripped, and without the kernels
+    builds = {f"_C_torch{MINOR.replace('.', '_')}", "_C_torch2_999"}
+    assert set(sizes) - {"_C_step"} == builds  # nothing of a build before it
+    assert sum(sizes.values()) < 3_500_000, sizes  # stripped, and the kernels once
     (metadata,) = site.glob("fastopt-*/METADATA")
     assert "Requires-Dist: torch>=2.10\n" in metadata.read_text()
     for version, built in [(torch.__version__, MINOR), ("2.999.1+cpu", "2.999")]:
