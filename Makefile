@@ -16,7 +16,7 @@ CORE_DEPS := $(CORE) $(wildcard tests/native/*.h csrc/step/*.h)
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup setup-arm setup-macos demo test pytest pytest-triton test-sqrt test-long lint native native-arm asan bench bench-quick bench-loop bench-gpu gpu bench-compare docs wheel wheels sdist test-wheel clean
+.PHONY: help setup setup-arm setup-macos demo test pytest pytest-cpu pytest-gpu pytest-triton test-sqrt test-long lint native native-arm asan bench bench-quick bench-loop bench-gpu gpu bench-compare docs wheel wheels sdist test-wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,10 +49,15 @@ demo: setup  ## train with fastopt beside torch.optim; prints a table, writes a 
 # ---- tests
 
 test: setup  ## everything CI runs, two things at a time
-	$(MAKE) --no-print-directory --jobs=2 lint native pytest pytest-triton
+	$(MAKE) --no-print-directory --jobs=2 lint pytest-cpu pytest-gpu native pytest-triton
 
+GPU_TESTS := $(wildcard tests/test_gpu*.py) tests/test_kernels.py tests/test_ptx_tools.py
 pytest: setup
 	$(PY) -m pytest
+pytest-cpu: setup
+	$(PY) -m pytest $(GPU_TESTS:%=--ignore=%)
+pytest-gpu: setup  ## the tests of kernels on the interpreter; none needs a GPU
+	$(PY) -m pytest $(GPU_TESTS)
 
 pytest-triton: setup $(if $(TRITON),$(VENV)/triton-$(OTHER_TRITON)/triton)  ## the kernels under another Triton
 	$(if $(TRITON),PYTHONPATH=$(VENV)/triton-$(OTHER_TRITON) $(PY) -m pytest tests/test_kernels.py)

@@ -81,13 +81,24 @@ void reduce_row(const S* grad, const Layout* layout, const Stages& stages, int64
       }
     for (int64_t done = 0; done < n; done += block) {
       const int64_t some = n - done < block ? n - done : block;
-      for_runs(grad, layout, 1, at + done, some, [&](auto* from, int64_t i, int64_t run, int64_t stride) { load(loaded + i, from, run, stride); });
-      if (stages.factors) {
-        store(loaded, stored[0], some, 1);
-        scale_all(stored[0], stored[1], some, some, stages);
-        load(loaded, stored[1], some, 1);
+      if (!stages.factors) {
+        for_runs(grad, layout, 1, at + done, some, [&](auto* from, int64_t i, int64_t run, int64_t stride) { load(loaded + i, from, run, stride); });
+        lanes.add(loaded, some);
+        continue;
       }
-      lanes.add(loaded, some);
+      const S* gathered = grad + at + done;         // of the gradient's dtype, which products are rounded to
+      if (layout) {
+        for_runs(grad, layout, 1, at + done, some, [&](auto* from, int64_t i, int64_t run, int64_t stride) { load(loaded + i, from, run, stride); });
+        store(loaded, stored[0], some, 1);
+        gathered = stored[0];
+      }
+      scale_all(gathered, stored[1], some, layout ? some : end - at - done, stages);
+      if constexpr (direct) {
+        lanes.add(stored[1], some);
+      } else {
+        load(loaded, stored[1], some, 1);
+        lanes.add(loaded, some);
+      }
     }
     *tiles++ = lanes.result();
   }
