@@ -7,7 +7,7 @@ own: the bytes of its own tensors, moved without arithmetic. All ways and all ro
 """
 
 import gc
-import importlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .candidates import CHECK_STEPS, OPTIMIZERS, Problem, Row, Unavailable, make_fastopt, make_torch
+from .candidates import CHECK_STEPS, OPTIMIZERS, Problem, Row, Unavailable, make_fastopt, make_torch, module_or_none
 from .measure import CACHE_BYTES, QUICK, Effort, environment, interleave, summary
 from .report import environment_text, low_precision_table
 from .roof import LEAST_ELEMENTS, roof_step
@@ -78,12 +78,13 @@ def wrong(optimizer: Optimizer, way: Way, expected: list[torch.Tensor], problem:
     They may be off by four units in their last place and, with 16-bit state, by 2 % of what the steps changed. Masters
     are float32 numbers, so a remainder that is left out shows.
     """
+    fastopt: Any = module_or_none("fastopt")
+    before = Counter(fastopt.backend_info()["torch_steps"]) if fastopt else Counter()
     for _ in range(CHECK_STEPS):
         optimizer.step()
     masters: dict[torch.Tensor, torch.Tensor] = {}
     if way.options is not None:
-        fastopt = importlib.import_module("fastopt")
-        if reasons := fastopt.backend_info()["torch_steps"]:
+        if reasons := dict(Counter(fastopt.backend_info()["torch_steps"]) - before):
             return f"torch's own step ran: {reasons}"
         masters = fastopt.master_weights(optimizer) if way.companion else {}
     unit = 4 * torch.finfo(FP32 if masters else way.dtype).eps
