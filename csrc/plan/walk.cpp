@@ -78,26 +78,6 @@ void Walk::bump_dtensors() const {
   }
 }
 
-void Walk::check_averages() {
-  only_averaged = {};
-  for (size_t g = 0; g < seen_groups.size(); g++)
-    for (size_t i = 0; i < size_t(seen_groups[g].count); i++) {
-      const SeenParam& own = seen[seen_groups[g].first + i];
-      if (own.has_grad) continue;
-      PyObject* entry = _PyDict_GetItem_KnownHash(state, own.object, reinterpret_cast<Py_hash_t>(own.object));
-      const py::object average = entry && is_dict(entry) ? item_of(entry, names::ema) : py::object();
-      if (PyErr_Occurred()) throw python_error();
-      if (!average) continue;
-      const Where where = {g, i};
-      if (!THPVariable_Check(average.ptr())) raise(PyExc_TypeError, c10::str("state['ema'] of ", where, " must be a tensor, not ", Py_TYPE(average.ptr())->tp_name));
-      if (!same_sizes(impl_of(average.ptr()), impl_of(own.object)))
-        raise(PyExc_RuntimeError, c10::str("state['ema'] of ", where, " has shape ", impl_of(average.ptr())->sizes(), ", the parameter ", impl_of(own.object)->sizes(),
-                                           ": move the state with the parameter, or delete its entry to start anew"));
-      if (!only_averaged) only_averaged = py::list();
-      py::reinterpret_borrow<py::list>(only_averaged).append(py::handle(own.object));
-    }
-}
-
 PyObject* Walk::hold(PyObject* borrowed) {
   if (borrowed) held.push_back(Py_NewRef(borrowed));
   return borrowed;

@@ -39,6 +39,15 @@ DType check_grad(const TensorImpl* grad, const TensorImpl* param, DType param_dt
   return dtype;
 }
 
+[[noreturn]] void refuse_object(PyObject* object, const char* name, Where where) {
+  raise(PyExc_TypeError, c10::str("state['", name, "'] of ", where, " must be a tensor, not ", Py_TYPE(object)->tp_name));
+}
+void check_shape(const TensorImpl* state, const TensorImpl* param, const char* name, Where where) {
+  if (same_sizes(state, param)) return;
+  raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has shape ", state->sizes(), ", the parameter ", param->sizes(),
+                                     ": move the state with the parameter, or delete its entry to start anew"));
+}
+
 TensorImpl* tensor_or_null(PyObject* object) {    // isinstance may be a call into Python
   return object && (is_exact(object) || THPVariable_Check(object)) ? impl_of(object) : nullptr;
 }
@@ -235,19 +244,35 @@ DType Walk::check_state(const SeenParam& own, const Found& f, int k, DType param
   TensorImpl* tensor = f.operands[2 + k];
   DType dtype;
   if (!own.state[k]) raise(PyExc_KeyError, c10::str("state['", name, "'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
-  if (!tensor) raise(PyExc_TypeError, c10::str("state['", name, "'] of ", where, " must be a tensor, not ", Py_TYPE(own.state[k])->tp_name));
+  if (!tensor) refuse_object(own.state[k], name, where);
   if (tensor->device() != param->device())
     raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " is on ", tensor->device(), ", the parameter on ", param->device()));
   if (!is_plain(tensor)) throw Outside{"a state tensor is not a plain strided tensor"};
-  if (!same_sizes(tensor, param))
-    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has shape ", tensor->sizes(), ", the parameter ", param->sizes(),
-                                       ": move the state with the parameter, or delete its entry to start anew"));
+  check_shape(tensor, param, name, where);
   if (k == companion_slot) return check_written(tensor, name, where), param_dtype;   // its dtype is known
   if (!dtype_of(tensor, dtype) || (dtype == DType::f64 && param_dtype != DType::f64))
     raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has dtype ", dtype_text(tensor), ", which the arithmetic for a ",
                                        dtype_text(param), " parameter does not hold"));
   check_written(tensor, name, where);
   return dtype;
+}
+
+void Walk::check_averages() {
+  only_averaged = {};
+  for (size_t g = 0; g < seen_groups.size(); g++)
+    for (size_t i = 0; i < size_t(seen_groups[g].count); i++) {
+      const SeenParam& own = seen[seen_groups[g].first + i];
+      if (own.has_grad) continue;
+      PyObject* entry = _PyDict_GetItem_KnownHash(state, own.object, reinterpret_cast<Py_hash_t>(own.object));
+      const py::object average = entry && is_dict(entry) ? item_of(entry, names::ema) : py::object();
+      if (PyErr_Occurred()) throw python_error();
+      if (!average) continue;
+      TensorImpl* tensor = tensor_or_null(average.ptr());
+      if (!tensor) refuse_object(average.ptr(), "ema", {g, i});
+      check_shape(tensor, impl_of(own.object), "ema", {g, i});
+      if (!only_averaged) only_averaged = py::list();
+      py::reinterpret_borrow<py::list>(only_averaged).append(py::handle(own.object));
+    }
 }
 
 // Reads the step count; false if it is a number or elsewhere, and must be made a tensor that can be read here.

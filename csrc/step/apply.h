@@ -6,6 +6,7 @@
 // Everything has internal linkage: code for one ISA must never be shared with another.
 #pragma once
 #include <cstring>
+#include <optional>
 #include <type_traits>
 #include <utility>
 
@@ -230,7 +231,6 @@ template <class P> inline void scale_all(const P* from, P* to, int64_t n, int64_
 
 // ---- elements [begin, end) of a row
 
-
 constexpr int companion = 2 + companion_slot;
 
 // The update that runs on memory itself, or null.
@@ -285,6 +285,13 @@ template <class S> void scatter(const S* from, const Row& row, int k, int64_t at
   for_runs(static_cast<S*>(row.data[k]), row.layout, k, at, n, [&](S* to, int64_t i, int64_t run, int64_t stride) {
     for (int64_t j = 0; j < run; j++) to[j * stride] = from[i + j];
   });
+}
+
+// n elements of the gradient, at most a block, after all factors and in its own dtype; in memory `rest` elements, n or more, are to be read.
+template <class S> void scale_gradient(const Row& row, int64_t at, int64_t n, int64_t rest, const Stages& stages, S* to) {
+  alignas(64) S gathered[block];
+  gather(row, 1, at, n, gathered);
+  scale_all(in_order(row, 1, at, gathered), to, n, row.layout ? n : rest, stages);
 }
 
 // The masters of a parameter S with companion C.
@@ -349,7 +356,16 @@ template <class T> void apply_in_blocks(const Row& row, const Stages& stages, in
     const int64_t n = end - at < block ? end - at : block;
     for (int k = 0; k < updated; k++) {
       if (!row.data[k]) continue;
-      if (!row.layout && row.dtype[k] == compute && !(k == 1 && scales)) {
+      if (k == 1 && scales) {
+        data[1] = blocks[1];
+        with_type(row.dtype[1], row.data[1], [&](auto* memory) {
+          alignas(64) std::remove_reference_t<decltype(*memory)> scaled[block];
+          scale_gradient(row, at, n, end - at, stages, scaled);
+          load(blocks[1], scaled, n, 1);
+        });
+        continue;
+      }
+      if (!row.layout && row.dtype[k] == compute) {
         data[k] = static_cast<T*>(row.data[k]) + at;
         continue;
       }
@@ -361,13 +377,6 @@ template <class T> void apply_in_blocks(const Row& row, const Stages& stages, in
         }
       load_operand(row, k, at, n, blocks[k]);
     }
-    if (scales)
-      with_type(row.dtype[1], row.data[1], [&](auto* memory) {
-        alignas(64) std::remove_reference_t<decltype(*memory)> stored[2][block];
-        store(blocks[1], stored[0], n, 1);
-        scale_all(stored[0], stored[1], n, n, stages);
-        load(blocks[1], stored[1], n, 1);
-      });
     update(data, n, n, row.scalars);
     for (int k = 0; k < updated; k++) {
       if (k == 1 || data[k] != blocks[k]) continue;
@@ -421,17 +430,18 @@ void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end) {
     if (!scales) return apply_directly(direct, row, at, n, end - at, nullptr, randoms);
     with_type(row.dtype[1], row.data[1], [&](auto* grad) {
       alignas(64) std::remove_reference_t<decltype(*grad)> scaled[block];
-      scale_all(grad + at, scaled, n, end - at, stages);
+      scale_gradient(row, at, n, end - at, stages, scaled);
       apply_directly(direct, row, at, n, end - at, scaled, randoms);
     });
   };
   if (!averages && !(direct && (scales || draws))) return update(begin, end - begin);
-  const AverageRow average(row, stages.average_weight);
+  std::optional<AverageRow> average;
+  if (averages && !row.data[companion]) average.emplace(row, stages.average_weight);
   for (int64_t at = begin; at < end; at += block) {
     const int64_t n = end - at < block ? end - at : block;
     update(at, n);
-    if (averages && row.data[companion]) average_masters(row, at, n, stages.average_weight);
-    else if (averages) average.run(at, at + n);
+    if (average) average->run(at, at + n);
+    else if (averages) average_masters(row, at, n, stages.average_weight);
   }
 }
 

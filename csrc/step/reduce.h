@@ -64,51 +64,43 @@ template <Norm norm> class Lanes {
   Doubles lane[vectors] = {};
 };
 
-template <Norm norm, class S>
-void reduce_row(const S* grad, const Layout* layout, const Stages& stages, int64_t begin, int64_t end, double* tiles) {
+template <Norm norm, class S> void reduce_row(const Row& row, const Stages& stages, int64_t begin, int64_t end, double* tiles) {
   using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
   constexpr bool direct = std::is_same_v<S, T>;
+  const S* const grad = static_cast<const S*>(row.data[1]);
   alignas(64) T loaded[block];
-  alignas(64) S stored[2][block];
+  alignas(64) S scaled[block];
   for (int64_t at = begin; at < end; at += tile) {
     const int64_t n = end - at < tile ? end - at : tile;
     Lanes<norm> lanes;
     if constexpr (direct)
-      if (!layout && !stages.factors) {
+      if (!row.layout && !stages.factors) {
         lanes.add(grad + at, n);
         *tiles++ = lanes.result();
         continue;
       }
     for (int64_t done = 0; done < n; done += block) {
       const int64_t some = n - done < block ? n - done : block;
-      if (!stages.factors) {
-        for_runs(grad, layout, 1, at + done, some, [&](auto* from, int64_t i, int64_t run, int64_t stride) { load(loaded + i, from, run, stride); });
-        lanes.add(loaded, some);
-        continue;
-      }
-      const S* gathered = grad + at + done;         // of the gradient's dtype, which products are rounded to
-      if (layout) {
-        for_runs(grad, layout, 1, at + done, some, [&](auto* from, int64_t i, int64_t run, int64_t stride) { load(loaded + i, from, run, stride); });
-        store(loaded, stored[0], some, 1);
-        gathered = stored[0];
-      }
-      scale_all(gathered, stored[1], some, layout ? some : end - at - done, stages);
-      if constexpr (direct) {
-        lanes.add(stored[1], some);
-      } else {
-        load(loaded, stored[1], some, 1);
-        lanes.add(loaded, some);
-      }
+      if (stages.factors) scale_gradient(row, at + done, some, end - at - done, stages, scaled);
+      if constexpr (direct)
+        if (stages.factors) {
+          lanes.add(scaled, some);
+          continue;
+        }
+      if (stages.factors) load(loaded, scaled, some, 1);
+      else load_operand(row, 1, at + done, some, loaded);
+      lanes.add(loaded, some);
     }
     *tiles++ = lanes.result();
   }
 }
 
 void reduce(const Row& row, Norm norm, const Stages& stages, int64_t begin, int64_t end, double* tiles) {
-  with_type(row.dtype[1], row.data[1], [&](const auto* grad) {
-    if (norm == Norm::squares) reduce_row<Norm::squares>(grad, row.layout, stages, begin, end, tiles);
-    else if (norm == Norm::sum) reduce_row<Norm::sum>(grad, row.layout, stages, begin, end, tiles);
-    else reduce_row<Norm::largest>(grad, row.layout, stages, begin, end, tiles);
+  with_type(row.dtype[1], row.data[1], [&](auto* grad) {
+    using S = std::remove_reference_t<decltype(*grad)>;
+    if (norm == Norm::squares) reduce_row<Norm::squares, S>(row, stages, begin, end, tiles);
+    else if (norm == Norm::sum) reduce_row<Norm::sum, S>(row, stages, begin, end, tiles);
+    else reduce_row<Norm::largest, S>(row, stages, begin, end, tiles);
   });
 }
 
