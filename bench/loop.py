@@ -11,9 +11,10 @@ which is in the figures), and the steps of the workloads with the caches filled 
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.nn import functional
 from .candidates import CANDIDATES, LR, OPTIMIZERS, Problem, Unavailable, make, module_or_none
 from .measure import FULL, QUICK, Effort, compare_times, environment, interleave, rounds, summary
 from .report import environment_text, loop_text
+from .roof import LEAST_ELEMENTS, roof_step
 from .run import parser, save
 from .workloads import WORKLOADS, Workload
 
@@ -254,9 +256,12 @@ def measure_iterations(task: Task, candidates: list[str], effort: Effort) -> dic
 
 
 def single_calls(
-    calls: dict[str, Callable[[], Any]], prepare: Callable[[str], Any], effort: Effort
+    calls: dict[str, Callable[[], Any]], prepare: Callable[[str], Any], effort: Effort, row: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each in every round, right after `prepare`, which is not timed."""
+    """Seconds of one call of each in every round, right after `prepare`, which is not timed.
+
+    Or, of a row of calls, the mean of those after the first.
+    """
     clock = time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
@@ -266,11 +271,13 @@ def single_calls(
     try:
         for order in rounds(calls, effort):
             for name in order:
-                call = calls[name]
-                prepare(name)
-                began = clock()
-                call()
-                times[name].append(clock() - began)
+                call, took = calls[name], []
+                for _ in range(row):
+                    prepare(name)
+                    began = clock()
+                    call()
+                    took.append(clock() - began)
+                times[name].append(fmean(took[1:] or took))
     finally:
         gc.enable()
     return times
@@ -370,6 +377,7 @@ def measure_functions(workload: Workload, effort: Effort) -> Iterator[dict[str, 
         yield head | compare_times(times)
 
 
+IN_A_ROW = 11
 WHOLES: dict[str, set[str]] = {
     "clip, step, zero_grad": {"clip"},
     "unscale, step, zero_grad": {"unscale"},
@@ -401,10 +409,17 @@ class Whole:
             ema = optim.swa_utils.get_ema_multi_avg_fn(DECAY)
             self.average = optim.swa_utils.AveragedModel(self.model, multi_avg_fn=ema)
 
-    def prepare(self) -> None:
-        """New gradients, as by a backward."""
+    def prepare(self, new: bool) -> None:
+        """Gradients: new ones, as by a backward, or those of the call before."""
         for param, grad, values in self.grads:
-            param.grad = grad.copy_(values)
+            param.grad = grad.copy_(values) if new else grad
+
+    def roof(self) -> Callable[[], None]:
+        """The bytes of a step, moved without arithmetic; of one folded, which takes its first step for it."""
+        self.prepare(True), self.optimizer.step()
+        adam = OPTIMIZERS["Adam"]
+        slots = (*adam.slots, *["ema"] * ("average" in self.parts))
+        return roof_step(self.optimizer, replace(adam, slots=slots), clips=len(self.parts) > 0)
 
     def __call__(self) -> None:
         scales, apart = "unscale" in self.parts, set() if self.folded else self.parts
@@ -431,10 +446,17 @@ def measure_whole(workload: Workload, effort: Effort) -> Iterator[dict[str, Any]
     for title, parts in WHOLES.items():
         calls = wholes(problem, parts)
         head = {"function": title, "workload": workload.name, "threads": torch.get_num_threads()}
-        times = single_calls(dict(calls), lambda name, of=calls: of[name].prepare(), effort)
-        del calls
+        of_calls: dict[str, Callable[[], Any]] = dict(calls)
+        if workload.elements >= LEAST_ELEMENTS:
+            of_calls["roof"] = calls[FOLDED].roof()
+        for grads, row in (("new", 1), ("the same", IN_A_ROW)):
+
+            def prepare(name: str, of: dict[str, Whole] = calls, new: bool = grads == "new") -> None:
+                of[FOLDED if name == "roof" else name].prepare(new)
+
+            yield head | {"grads": grads} | compare_times(single_calls(of_calls, prepare, effort, row), FOLDED)
+        del calls, of_calls
         gc.collect()
-        yield head | compare_times(times, FOLDED)
 
 
 WHAT = ("iterations", "cold", "functions", "whole")

@@ -176,11 +176,10 @@ def loop_text(document: dict[str, Any]) -> str:
         lines = [[r["function"], r["workload"], cell(r, "fastopt"), cell(r, "torch")] for r in results]
         text += [table(["function", "workload", "fastopt", "torch"], lines), ""]
     if results := document.get("whole"):
-        text += ["## What surrounds a step, and the step: inside it, and one by one, warm\n"]
-        lines = [
-            [r["function"], r["workload"], *(cell(r, name) for name in ("folded", "fastopt", "torch"))] for r in results
-        ]
-        text += [table(["what", "workload", "folded", "fastopt", "torch"], lines), ""]
+        text += ["## What surrounds a step, and the step: inside it, and one by one\n"]
+        names = ("folded", "fastopt", "torch", "roof")
+        lines = [[r["function"], r["workload"], r["grads"], *(cell(r, name) for name in names)] for r in results]
+        text += [table(["what", "workload", "gradients", *names], lines), ""]
     return "\n".join(text)
 
 

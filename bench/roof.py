@@ -49,25 +49,31 @@ def kernel(name: str) -> Callable[..., None]:
     return function
 
 
-def roof_step(optimizer: torch.optim.Optimizer, row: Row) -> Callable[[], None]:
-    """A function that moves the bytes of one step of this optimizer (which has stepped before) and changes no value."""
-    addresses, ends, total, kinds = [], [], 0, set()
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            operands = [param, param.grad, *(optimizer.state[param][slot] for slot in row.slots)]
-            kinds.add(tuple(operand.itemsize for operand in operands))
-            total += param.numel()
-            addresses.append([operand.data_ptr() for operand in operands])
-            ends.append(total)
+def moves(tensors: list[list[torch.Tensor]], written: list[bool]) -> Callable[[], None]:
+    """A function that reads rows of tensors and writes those of each row that are `written`; no value changes."""
+    kinds = {tuple(tensor.itemsize for tensor in row) for row in tensors}
     if len(kinds) > 1:
         raise ValueError(f"roof: parameters differ in the sizes of their elements: {kinds}")
-    itemsizes = torch.tensor(*kinds)
-    written = torch.tensor([operand != 1 for operand in range(len(itemsizes))]).long()
-    table, bounds = torch.tensor(addresses), torch.tensor(ends)
-    arrays, function = (table, bounds, itemsizes, written), kernel(isa())
+    addresses = torch.tensor([[tensor.data_ptr() for tensor in row] for row in tensors])
+    bounds = torch.tensor([row[0].numel() for row in tensors]).cumsum(0)
+    arrays, function = (addresses, bounds, torch.tensor(*kinds), torch.tensor(written).long()), kernel(isa())
 
-    def step() -> None:
-        rows, ends_at, sizes, writes = (array.data_ptr() for array in arrays)
-        function(rows, ends_at, len(bounds), sizes, writes, len(itemsizes), torch.get_num_threads(), 0)
+    def move() -> None:
+        rows, ends, sizes, writes = (array.data_ptr() for array in arrays)
+        function(rows, ends, len(bounds), sizes, writes, len(written), torch.get_num_threads(), 0)
 
-    return step
+    return move
+
+
+def roof_step(optimizer: torch.optim.Optimizer, row: Row, clips: bool = False) -> Callable[[], None]:
+    """A function that moves the bytes of one step of this optimizer (which has stepped before) and changes no value.
+
+    A step that clips reads all gradients first.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    operands = [[param, param.grad, *(optimizer.state[param][slot] for slot in row.slots)] for param in params]
+    step = moves(operands, [True, False, *[True] * len(row.slots)])
+    if not clips:
+        return step
+    read = moves([[param.grad] for param in params], [False])
+    return lambda: (read(), step())[1]

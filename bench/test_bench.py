@@ -278,7 +278,7 @@ def test_what_surrounds_a_step_is_the_same_inside_it(one_thread, parts):
     wholes = loop.wholes(Problem(TINY, torch.float32), parts)
     for whole in wholes.values():
         for _ in range(3):
-            whole.prepare()
+            whole.prepare(True)
             whole()
         assert all(param.grad is None for param in whole.model)
     for folded, apart, torchs in zip(*(whole.model for whole in wholes.values()), strict=True):
