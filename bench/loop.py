@@ -401,6 +401,7 @@ class Whole:
             options = {name: value for part in parts & values.keys() for name, value in values[part].items()}
         self.optimizer = optim.Adam(groups, **options)
         self.clip = torch.nn.utils.clip_grad_norm_ if how == "torch" else fastopt.clip_grad_norm_
+        self.scaler: Any = None
         if "unscale" in parts:
             device = params[0].device
             self.scaler = (fastopt if self.folded else torch.amp).GradScaler(device.type, init_scale=2.0)
@@ -408,6 +409,7 @@ class Whole:
         if "average" in parts and not self.folded:
             ema = optim.swa_utils.get_ema_multi_avg_fn(DECAY)
             self.average = optim.swa_utils.AveragedModel(self.model, multi_avg_fn=ema)
+        self.in_turn = self.calls()
 
     def prepare(self, new: bool) -> None:
         """Gradients: new ones, as by a backward, or those of the call before."""
@@ -421,20 +423,22 @@ class Whole:
         slots = (*adam.slots, *["ema"] * ("average" in self.parts))
         return roof_step(self.optimizer, replace(adam, slots=slots), clips=len(self.parts) > 0)
 
-    def __call__(self) -> None:
-        scales, apart = "unscale" in self.parts, set() if self.folded else self.parts
+    def calls(self) -> list[Callable[[], Any]]:
+        """What the loop of a user says between backward and the next forward."""
+        apart = set() if self.folded else self.parts
+        optimizer, scaler = self.optimizer, self.scaler
+        calls: list[Callable[[], Any]] = []
         if "clip" in apart:
-            if scales:
-                self.scaler.unscale_(self.optimizer)
-            self.clip(self.model.parameters(), MAX_NORM)
-        if scales:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
+            calls += [partial(scaler.unscale_, optimizer)] if scaler else []
+            calls += [lambda: self.clip(self.model.parameters(), MAX_NORM)]
+        calls += [partial(scaler.step, optimizer), scaler.update] if scaler else [optimizer.step]
         if "average" in apart:
-            self.average.update_parameters(self.model)
-        self.optimizer.zero_grad()
+            calls += [partial(self.average.update_parameters, self.model)]
+        return [*calls, optimizer.zero_grad]
+
+    def __call__(self) -> None:
+        for call in self.in_turn:
+            call()
 
 
 def wholes(problem: Problem, parts: set[str]) -> dict[str, Whole]:

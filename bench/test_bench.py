@@ -293,9 +293,24 @@ def test_what_surrounds_a_step_is_the_same_inside_it(one_thread, parts):
 def test_whole_steps_are_timed(one_thread):
     pytest.importorskip("fastopt")
     results = list(loop.measure_whole(TINY, LITTLE))
-    assert [result["function"] for result in results] == list(loop.WHOLES)
-    assert all(len(result["seconds"]) == 3 and result["unit"] == "folded" for result in results)
+    kinds = [(result["function"], result["grads"]) for result in results]
+    assert kinds == [(name, grads) for name in loop.WHOLES for grads in ("new", "the same")]
+    assert all(result["seconds"].keys() == {"folded", "fastopt", "torch"} and result["unit"] == "folded" for result in results)
     assert "unscale, clip, step" in report.loop_text({"whole": results})
+
+
+def test_the_roof_of_a_step_with_what_surrounds_it(one_thread, monkeypatch):
+    """Has its bytes: gradients twice where it clips or unscales, averages; and changes nothing."""
+    pytest.importorskip("fastopt")
+    monkeypatch.setattr(loop, "LEAST_ELEMENTS", 1)
+    results = list(loop.measure_whole(TINY, LITTLE))
+    assert all("roof" in result["seconds"] for result in results)
+    problem, moved = Problem(TINY, torch.float32), []
+    monkeypatch.setattr(roof, "moves", lambda tensors, written: moved.append([len(row) for row in tensors]) or int)
+    for parts in loop.WHOLES.values():
+        loop.Whole(problem, "folded", parts).roof()()
+    count = len(problem.start)
+    assert moved == [[4] * count, [1] * count] * 2 + [[5] * count, [1] * count]
 
 
 # ---- 16 bits

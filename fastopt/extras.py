@@ -71,7 +71,7 @@ def _ema_decay(value: Any) -> float:
     return _number("ema_decay", value, "in [0, 1], or None for no average", lambda number: 0 <= number <= 1)
 
 
-_CHECKS: dict[str, Callable[[Any], float]] = {"max_grad_norm": _max_grad_norm, "ema_decay": _ema_decay}
+_UNSEEN: tuple[Any, Any] = object(), object()
 
 
 class Options:
@@ -92,13 +92,15 @@ class Options:
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
-        **changing: float | None,
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
     ):
         self.error_if_nonfinite, self.state_dtype = error_if_nonfinite, state_dtype
         self.masters, self.draws, self.rounding_seed = bool(master_weights), bool(stochastic_rounding), rounding_seed
+        changing = {"max_grad_norm": max_grad_norm, "ema_decay": ema_decay}
         self.given = {name: value for name, value in changing.items() if value is not None}
-        for name, value in self.given.items():
-            _CHECKS[name](value)
+        # What was made of the changing values, and of which: those of the last step.
+        self.extras, self.values = self._extras(max_grad_norm, ema_decay), _UNSEEN
         if state_dtype is not None and state_dtype not in KEPT:
             names = ", ".join(map(str, KEPT))
             raise ValueError(f"Invalid state_dtype: {state_dtype!r}; it must be one of {names}, or None")
@@ -149,31 +151,45 @@ class Options:
 
     def of_step(self, optimizer: Any) -> Extras | None:
         """For the step that begins; None if it is the update alone."""
-        max_norm, ema_decay = self._value(optimizer, "max_grad_norm"), self._value(optimizer, "ema_decay")
-        inverse_scale: float | Tensor | None = None
-        norm: float | Tensor | None = None
+        self.norm = None
+        max_norm = optimizer.max_grad_norm if "max_grad_norm" in self.given else None
+        ema_decay = optimizer.ema_decay if "ema_decay" in self.given else None
+        if max_norm is not self.values[0] or ema_decay is not self.values[1]:
+            self.values = _UNSEEN
+            self.extras = self._extras(max_norm, ema_decay)
+            if {type(max_norm), type(ema_decay)} <= {float, int, type(None)}:  # a tensor may change and stay itself
+                self.values = max_norm, ema_decay
+        if self.searched is None and self.grad_scale is None and not self.error_if_nonfinite:
+            return self.extras
+        return self._scaled(optimizer)
+
+    def _extras(self, max_norm: Any, ema_decay: Any) -> Extras | None:
+        if max_norm is not None:
+            max_norm = _max_grad_norm(max_norm)
+        if ema_decay is not None:
+            ema_decay = _ema_decay(ema_decay)
+        if max_norm is None and ema_decay is None and not self.keeps_more():
+            return None
+        return Extras(max_norm, self.error_if_nonfinite, None, None, ema_decay, self.masters, self.draws)
+
+    def _scaled(self, optimizer: Any) -> Extras | None:
+        """The same with what belongs to one step alone."""
+        extras, inverse_scale, norm = self.extras or Extras(), None, None
         if self.searched is not None:
             inverse_scale, norm = self.searched
         elif self.grad_scale is not None and not optimizer._step_supports_amp_scaling:  # else its own step unscales
             inverse_scale = _inverse(self.grad_scale)
-        if self.error_if_nonfinite and max_norm is not None and norm is None:
+        if self.error_if_nonfinite and extras.max_norm is not None and norm is None:
             norm = _refuse_nonfinite_on_gpu(optimizer, inverse_scale)
-        self.norm = None
-        if max_norm is None and ema_decay is None and inverse_scale is None and not self.keeps_more():
-            return None
-        return Extras(max_norm, self.error_if_nonfinite, inverse_scale, norm, ema_decay, self.masters, self.draws)
+        if inverse_scale is None and norm is None:
+            return self.extras
+        return extras._replace(inverse_scale=inverse_scale, norm=norm)
 
     def state_dtype_of(self, param: Tensor) -> torch.dtype | None:
         """What the state of a parameter shall be; None: as torch makes it, also of float64 and complex ones."""
         return self.state_dtype if param.dtype in KEPT else None
 
-    def _value(self, optimizer: Any, name: str) -> float | None:
-        if name not in self.given:
-            return None
-        value = getattr(optimizer, name)
-        return None if value is None else _CHECKS[name](value)
-
-    def aside(self, optimizer: Any, reason: str, extras: Extras, step: Callable[[Extras, Any], None]) -> None:
+    def aside(self, optimizer: Any, reason: str, extras: Extras, step: Callable[[Any, Extras], None]) -> None:
         """The same as in the step, where the plan cannot: the optimizer steps with changed copies of the gradients."""
         params = [param for param in all_params(optimizer) if param.grad is not None]
         grads: list[Any] = [param.grad for param in params]
@@ -191,7 +207,7 @@ class Options:
                 if extras.max_norm is not None:
                     self.refuse_parts(optimizer)
                     norm = _clip(all_params(optimizer), extras.max_norm, extras.error_if_nonfinite)
-            step(extras._replace(max_norm=None, inverse_scale=None, norm=None), optimizer)
+            step(optimizer, extras._replace(max_norm=None, inverse_scale=None, norm=None))
             self.norm = norm
         finally:
             for param, grad in zip(params, grads, strict=True):

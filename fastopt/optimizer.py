@@ -240,9 +240,12 @@ def _step_if_unwatched(self: Any, closure: Closure | None = None) -> Any:
         or _watched()
     ):
         return _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
-    if closure is not None or self._fastopt_gpu is not None or self._fastopt_options is not None:
+    if closure is not None or self._fastopt_gpu is not None:
         return _step(self, closure)
-    answer = _C.step(self)  # what `_step` would do, without the call; DONE is empty
+    options = self._fastopt_options  # from here on what `_step` would do, without the call
+    if options is not None:
+        return _step_with_options(self, options)
+    answer = _C.step(self)  # DONE is empty
     return _follow(self, answer) if answer else None
 
 
@@ -308,13 +311,17 @@ def _step(self: Any, closure: Closure | None) -> Any:
     if options is None:
         if answer := _C.step(self):
             _follow(self, answer)
-    elif not options.skips(self):
-        _step_with(options.of_step(self), self)
+    else:
+        _step_with_options(self, options)
     return loss
 
 
-def _step_with(extras: Extras | None, self: Any) -> None:
-    """The step of an optimizer with options of its own."""
+def _step_with_options(self: Any, options: Options) -> None:
+    if options.found_inf is None or not options.skips(self):
+        _step_with(self, options.of_step(self))
+
+
+def _step_with(self: Any, extras: Extras | None) -> None:
     if self._fastopt_gpu is not None:
         self._fastopt_gpu.make_ready(extras)
     if answer := _C.step(self, None, extras):

@@ -10,10 +10,12 @@
 //                       those that all do
 //   Hyper<N>            the numbers behind keys, in that order. N is double, or a type that computes on 0-dim tensors
 //   Scalars<T>          what the update of one tensor needs to know of (group, step count t), each computed as torch does on the
-//                       host in double and rounded once to the compute type T. Without step count, t is 1 at the first step
+//                       host in double and rounded once to the compute type T. Without step count, t is 1 at the first step.
+//                       Begins with the sign that the gradient is multiplied by first, 1 or -1
 //   update<used>        one element, in the compute type: fp32, or fp64 for fp64 parameters
 #pragma once
 #include <cmath>
+#include <cstddef>
 #include <tuple>
 #include <type_traits>
 
@@ -224,6 +226,11 @@ struct Adam {
 };
 
 using Algorithms = std::tuple<SGD, Adagrad, RMSprop, Adam>;
+
+template <class... Of> constexpr bool begin_with_sign(std::tuple<Of...>*) {
+  return (!(offsetof(typename Of::template Scalars<float>, sign) || offsetof(typename Of::template Scalars<double>, sign)) && ...);
+}
+static_assert(begin_with_sign(static_cast<Algorithms*>(nullptr)), "apply.h looks for the sign there");
 
 }  // namespace
 }  // namespace fastopt

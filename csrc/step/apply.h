@@ -394,6 +394,34 @@ template <class T> void apply_in_blocks(const Row& row, const Stages& stages, in
 
 void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end);
 
+// A row whose gradient's last factor is part of the sign, with which its scalars begin: for a gradient in the compute type, where an
+// update multiplies by it anyway, and where a product with 1 or -1 rounds nothing.
+class FactorInSign {
+ public:
+  FactorInSign(const Row& of, const Stages& all) : row(of), stages(all) {
+    std::memcpy(&scalars, of.scalars, sizeof scalars);
+    const double factor = stages.factor[--stages.factors];
+    if (computes_in_f64(row.dtype[0])) multiply<double>(factor);
+    else multiply<float>(factor);
+    row.scalars = &scalars;
+  }
+  static bool fits(const Row& row, const Stages& stages) {
+    return stages.factors && row.data[1] && row.dtype[1] == (computes_in_f64(row.dtype[0]) ? DType::f64 : DType::f32);
+  }
+
+  Row row;
+  Stages stages;
+
+ private:
+  template <class T> void multiply(double factor) {
+    T sign;
+    std::memcpy(&sign, &scalars, sizeof sign);
+    sign *= T(factor);
+    std::memcpy(&scalars, &sign, sizeof sign);
+  }
+  AnyScalars scalars;
+};
+
 // The parameter's running average, as a row of the pass that makes it.
 class AverageRow {
  public:
@@ -418,7 +446,7 @@ class AverageRow {
   Average::Scalars<double> scalars64;
 };
 
-void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end) {
+void apply_stages(const Row& row, const Stages& stages, int64_t begin, int64_t end) {
   const bool draws = stages.draws && itemsize(row.dtype[0]) == 2;
   const Update direct = find_direct(row, draws);
   const bool scales = stages.factors && row.data[1], averages = stages.averages && row.data[2 + average_slot];
@@ -443,6 +471,12 @@ void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end) {
     if (average) average->run(at, at + n);
     else if (averages) average_masters(row, at, n, stages.average_weight);
   }
+}
+
+void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end) {
+  if (!FactorInSign::fits(row, stages)) return apply_stages(row, stages, begin, end);
+  const FactorInSign own(row, stages);
+  apply_stages(own.row, own.stages, begin, end);
 }
 
 }  // namespace
