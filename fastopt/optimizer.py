@@ -200,7 +200,7 @@ class FusedStep(_Base):
         """
         if is_dynamo_compiling():
             _untraced_zero_grad(self, set_to_none)
-        elif _watched() or _C.zero_grad(self, set_to_none):
+        elif _C.zero_grad(self, set_to_none):
             super().zero_grad(set_to_none)
 
     # ---- the step

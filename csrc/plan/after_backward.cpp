@@ -383,6 +383,7 @@ PyObject* average(const Answers& answers, PyObject* const* args) {
 }
 
 PyObject* zero_grad(const Answers& answers, PyObject* const* args) {
+  if (is_watched()) throw Outside{"a profiler or an observer listens"};
   const bool set_to_none = is_true(args[1]);
   Call call(answers, kept<&fastopt::zero_grad>());
   const py::object groups = attribute(args[0], names::param_groups);

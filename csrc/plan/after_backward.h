@@ -4,6 +4,8 @@
 // this library make it answer LeftToTorch(reason): torch's own function shall do it. Those of a GPU make it answer GpuPass:
 // fastopt/gpu_passes.py does it. Of the tensors nothing is held from call to call, but each function keeps the rows that it made.
 #pragma once
+#include <ATen/record_function.h>
+
 #include "plan/answer.h"
 #include "plan/tensors.h"
 #include "step/isa.h"
@@ -96,6 +98,9 @@ PyObject* scale_grads(const Answers& answers, PyObject* const* args);
 PyObject* clip_grad_value(const Answers& answers, PyObject* const* args);
 // average_(averages, values, weight, False), or average_(averages, values, count, True) -> DONE | GpuPass | LeftToTorch
 PyObject* average(const Answers& answers, PyObject* const* args);
+// Whether a profiler or an observer of torch wants to know of a range of the user's.
+inline bool is_watched() { return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value(); }
+
 // zero_grad(optimizer, set_to_none) -> DONE | LeftToTorch
 PyObject* zero_grad(const Answers& answers, PyObject* const* args);
 

@@ -1,6 +1,4 @@
 // The module fastopt._C.
-#include <ATen/record_function.h>
-
 #include <map>
 
 #include "plan/after_backward.h"
@@ -87,8 +85,7 @@ PyMethodDef gradient_methods[] = {method<&clip_grad_norm, 4>("clip_grad_norm_"),
                                   method<&scale_grads, 3>("scale_grads_"), method<&clip_grad_value, 2>("clip_grad_value_"),
                                   method<&average, 4>("average_"), method<&zero_grad, 2>("zero_grad"), {}};
 
-// Whether a profiler or an observer of torch wants to know of a range of the user's.
-PyObject* watched(PyObject*, PyObject*) { return PyBool_FromLong(at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value()); }
+PyObject* watched(PyObject*, PyObject*) { return PyBool_FromLong(is_watched()); }
 PyMethodDef watched_method = {"watched", &watched, METH_NOARGS, "watched(): whether torch is being profiled or observed"};
 
 const char* set_isa(const std::string& name) {
