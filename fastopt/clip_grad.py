@@ -137,19 +137,18 @@ def clip_grads_with_norm_(
         parameters = list(parameters)
     if is_dynamo_compiling() or _C is None:
         return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
+    answer: Any
     if type(total_norm) is not Tensor:
         grads, norm = _dtensor_grads(parameters, 2.0), clip_dtensors.replicated(total_norm)
-        if not grads or norm is None:
-            return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
-        clip_dtensors.scale_(grads, coefficient(max_norm, norm))
-        return
-    answer: Any
-    if total_norm.device.type == _C.gpu_type():
+        if grads and norm is not None:
+            return clip_dtensors.scale_(grads, coefficient(max_norm, norm))
+        answer = _C.LeftToTorch(("the norm is a tensor subclass",))
+    elif total_norm.device.type == _C.gpu_type():
         answer = on_gpu(_C.scale_grads_(parameters, float(max_norm), total_norm), "scale", total_norm)
     elif total_norm.device.type == "cpu" and total_norm.dtype != torch.float64:
         answer = _C.scale_grads_(parameters, coefficient(max_norm, total_norm), None)
     else:
-        return _torch_clip_grads_with_norm(parameters, max_norm, total_norm, foreach)
+        answer = _C.LeftToTorch(("the norm is float64, or on a device other than CPU and GPU",))
     if answer:
         left_to_torch(_torch_clip_grads_with_norm, answer, parameters, max_norm, total_norm, foreach)
 

@@ -64,7 +64,7 @@ def master_of(param: Tensor, entry: dict[str, Any]) -> Tensor:
 
 def _join(param: Tensor, companion: Tensor, wide: Tensor) -> Tensor:
     if param.dtype == torch.float16:
-        followed = (companion.to(torch.float16).view(torch.int16) == param.view(torch.int16)) | wide.isnan()
+        followed = companion.to(torch.float16).view(torch.int16) == param.view(torch.int16)
         return torch.where(followed, companion, wide)
     joined = (wide.view(torch.int32) + companion.to(torch.int32)).view(torch.float32)
     return torch.where(joined.isnan(), wide, joined)

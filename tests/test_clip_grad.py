@@ -222,6 +222,15 @@ def test_everything_else_is_torchs_own(grads, order, reason):
     assert what.startswith("clip_grad_norm_: ") and reason in what
 
 
+def test_a_norm_that_is_torchs_to_use():
+    before = dict(torch_steps)
+    param = parameters([torch.tensor([3.0, 4.0])])[1]
+    fastopt.clip_grads_with_norm_(param, 1.0, torch.tensor(5.0, dtype=torch.float64))
+    assert param.grad.norm().item() == pytest.approx(1.0)
+    (what,) = (name for name, number in torch_steps.items() if number != before.get(name, 0))
+    assert what.startswith("clip_grads_with_norm_: the norm is float64")
+
+
 def test_errors_are_torchs():
     param = parameters([torch.ones(3)])[1]
     for arguments in (("a",), (None,), (1.0, "b")):

@@ -215,6 +215,30 @@ def test_clipping_in_the_step_is_clipping_before_it(row, dtype, option):
     assert_same_bits(*both)
 
 
+@every_dtype
+def test_a_nan_from_outside_is_in_the_master(dtype):
+    params = [torch.nn.Parameter(torch.ones(2, dtype=dtype))]
+    optimizer = fastopt.SGD(params, lr=0.1, master_weights=True)
+    give_gradients(params, 0)
+    optimizer.step()
+    params[0].data[1] = math.nan
+    assert fastopt.master_weights(optimizer)[params[0]].isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("option", ["master_weights", "ema_decay", "stochastic_rounding"])
+def test_a_state_without_step_is_refused_also_where_it_lacks_more(option):
+    param = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    plain = fastopt.Adam([param])
+    param.grad = torch.ones_like(param)
+    plain.step()
+    optimizer = fastopt.Adam([param], **{option: 0.9 if option == "ema_decay" else True})
+    optimizer.state[param] = {name: value for name, value in plain.state[param].items() if name != "step"}
+    before = param.detach().clone()
+    with pytest.raises(KeyError, match=r"state\['step'\] of parameter 0"):
+        optimizer.step()
+    assert torch.equal(param, before) and optimizer.state[param].keys() == {"exp_avg", "exp_avg_sq"}
+
+
 def test_a_model_in_float32_of_the_masters():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)).bfloat16()
     model[2].float()

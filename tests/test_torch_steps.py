@@ -65,6 +65,18 @@ def parameter_with_grad_dtype(make):
     return drive(optimizer, [[torch.randn(5, dtype=torch.float64)] for _ in range(3)])
 
 
+def a_state_of_two_parameters(make):
+    """Each parameter finds in it what the one before left."""
+    params = [nn.Parameter(torch.randn(5)) for _ in range(2)]
+    optimizer = make(params)
+    for param in params:
+        param.grad = torch.randn(5)
+    if not optimizer.state:
+        optimizer.step()
+    optimizer.state[params[1]] = optimizer.state[params[0]]
+    return drive(optimizer, [[torch.randn(5) for _ in params] for _ in range(3)])
+
+
 def differentiable(make):
     param = torch.randn(5)
     optimizer = make([param])
@@ -77,6 +89,7 @@ OUTSIDE = {
     dispatch_mode: "dispatch mode",
     complex_parameters: "complex",
     complex_parameter_added: "complex",
+    a_state_of_two_parameters: "share one state",
     differentiable: "differentiable",
 }
 

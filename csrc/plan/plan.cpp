@@ -94,7 +94,8 @@ Stages Plan::factors(const Extras& extras) const {
   return stages;
 }
 
-// The gradient pass, after all checks and before anything is written: one read of all gradients.
+// The gradient pass, after all checks and before anything is written: one read of all gradients. With the GIL, so that no other thread
+// changes meanwhile what was checked.
 void Plan::read_gradients(const Stages& stages) {
   const Vec<Row>& rows = walk.cpu.rows;
   firsts.clear();

@@ -23,7 +23,18 @@ void Walk::check(PyObject* self, PyObject* fresh, unsigned extra_state, bool gpu
     if (!reason) reason = outside.reason;
   }
   if (reason) throw Outside{reason};
+  refuse_shared_state();
   layouts.finish();
+}
+
+// Each step would find in it what the one before left; here they are one step.
+void Walk::refuse_shared_state() {
+  owners.clear();
+  for (const SeenParam& own : seen)
+    if (own.has_grad && own.entry) owners.push_back({own.entry, own.object});
+  std::sort(owners.begin(), owners.end());
+  for (size_t i = 1; i < owners.size(); i++)
+    if (owners[i].first == owners[i - 1].first && owners[i].second != owners[i - 1].second) throw Outside{"parameters share one state"};
 }
 
 bool Walk::compare(PyObject* self, unsigned extra_state, bool again) {

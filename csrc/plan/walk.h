@@ -114,6 +114,7 @@ class Walk {
   void read(PyObject* self, PyObject* fresh);
   void read_group(PyObject* dict, size_t at, Reader& state);
   bool compare_group(PyObject* dict, SeenGroup& seen);
+  void refuse_shared_state();
 
   void read_param(PyObject* object, Where where, SeenGroup& group, Reader& state);
   void read_entry(PyObject* entry, SeenParam& seen, Found& found);
@@ -149,6 +150,7 @@ class Walk {
 
   // Memory used again; its content is that of one call.
   Vec<Found> found;                               // of the parameters in `seen`, one for one
+  Vec<std::pair<PyObject*, PyObject*>> owners;    // of states: the dict, and the parameter
   Vec<PyObject*> held;
   Vec<c10::intrusive_ptr<TensorImpl>> held_tensors;
   Vec<PyObject*> fresh_params;                    // sorted; algorithms without step count need to know

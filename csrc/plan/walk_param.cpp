@@ -183,6 +183,7 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
   if (algorithm.has_step || wanted) {
     if (!own.entry || (f.entry_is_dict && PyDict_GET_SIZE(own.entry) == 0)) return add_missing(own, f);
     if (!f.entry_is_dict) raise(PyExc_TypeError, c10::str("state of ", where, " must be a dict, not ", Py_TYPE(own.entry)->tp_name));
+    if (algorithm.has_step && !check_count(own, f, batch, capturable)) return add_missing(own, f);
     for (int k = 0; k < max_state; k++) {
       if (!(wanted >> k & 1)) continue;
       const bool may_lack = !algorithm.has_step || k >= max_slots;   // else a state without it is incomplete
@@ -203,9 +204,8 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
       row.data[2 + k] = memory_of(tensor, itemsize(row.dtype[2 + k]), true, PyUnicode_AsUTF8(state_key(k, param)), where);
     }
     const bool draws = wanted & draws_bit;
-    if (draws && !algorithm.has_step && (!own.step || own.step == Py_None)) return add_missing(own, f);
-    if ((algorithm.has_step || draws) && !check_count(own, f, batch, capturable)) return add_missing(own, f);
     if (draws) {
+      if (!algorithm.has_step && (!own.step || own.step == Py_None || !check_count(own, f, batch, capturable))) return add_missing(own, f);
       if (!own.seed || !PyLong_Check(own.seed)) return add_missing(own, f);
       const uint64_t position = uint64_t(&own - seen.data()) + f.shard * seen.size();
       row.draws = {PyLong_AsUnsignedLongLongMask(own.seed), uint64_t(w.t), uint32_t(position)};
