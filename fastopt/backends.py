@@ -80,7 +80,7 @@ def count_left_to_torch(what: str, answer: Any) -> None:
 
 def left_to_torch(function: Callable[..., Any], answer: Any, *args: Any) -> Any:
     """Torch's own function, for the reason that the extension answered."""
-    count_left_to_torch(function.__name__, answer)
+    count_left_to_torch(function.__name__.lstrip("_"), answer)  # torch wraps some of them
     return function(*args)
 
 
