@@ -2,10 +2,16 @@
 
 The step itself updates the average of each parameter that it steps. At the first update of an optimizer, which copies
 the parameters, it does so too, from what was before the step; the copy follows (`copy_first`).
+
+torch.distributed.checkpoint loads what is in the state already, and lets a new optimizer make it by a step with lr 0.
+That is no update: it leaves averages of NaN, which are open, and so does Adagrad's constructor, which makes state too.
+What is still open after a load begins with the next step (`begin_open`), as if it were not there.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +20,7 @@ from torch import Tensor
 from .masters import master_of
 
 EMA = "ema"  # the key in a parameter's state
+_STATE_DICT = "torch.distributed.checkpoint.state_dict"
 
 
 def all_params(optimizer: Any) -> list[Tensor]:
@@ -22,7 +29,8 @@ def all_params(optimizer: Any) -> list[Tensor]:
 
 def is_first_update(optimizer: Any) -> bool:
     """Whether no average was ever updated; to be asked before state is made."""
-    return not any(EMA in entry for entry in optimizer.state.values())
+    kept = [param for param, entry in optimizer.state.items() if _has_one(entry)]
+    return not kept or len(open_ones(optimizer)) == len(kept)
 
 
 def begun(optimizer: Any, param: Tensor) -> Tensor:
@@ -34,8 +42,56 @@ def begun(optimizer: Any, param: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_first(optimizer: Any, params: list[Tensor]) -> None:
     """The first update, of parameters that were stepped."""
+    if _is_for_a_checkpoint():
+        return leave_open(optimizer, params)
     for param in params:
         optimizer.state[param][EMA].copy_(_weights(optimizer, param))
+
+
+@torch.no_grad()
+def leave_open(optimizer: Any, params: list[Tensor]) -> None:
+    for param in params:
+        optimizer.state[param][EMA].fill_(math.nan)
+    optimizer._fastopt_options.may_be_open = True
+
+
+def open_ones(optimizer: Any) -> list[Tensor]:
+    """The parameters whose averages were made to be loaded, and were not."""
+    options = getattr(optimizer, "_fastopt_options", None)
+    if options is None or not options.may_be_open:
+        return []
+    return [param for param, entry in optimizer.state.items() if _has_one(entry) and is_open(entry[EMA])]
+
+
+def find_open(optimizer: Any) -> None:
+    """After a load."""
+    optimizer._fastopt_options.may_be_open = True
+    optimizer._fastopt_options.may_be_open = bool(open_ones(optimizer))
+
+
+def is_open(average: Any) -> bool:
+    """Of a DTensor, the part that is here."""
+    return isinstance(average, Tensor) and bool(getattr(average, "_local_tensor", average).isnan().all())
+
+
+def begin_open(optimizer: Any) -> None:
+    """After a step: the first update of averages that are open; of parameters without gradient there are none."""
+    if _is_for_a_checkpoint():
+        return
+    params = open_ones(optimizer)
+    copy_first(optimizer, [param for param in params if param.grad is not None])
+    for param in params:
+        if param.grad is None:
+            del optimizer.state[param][EMA]
+    optimizer._fastopt_options.may_be_open = False
+
+
+def _is_for_a_checkpoint() -> bool:
+    """Whether the step that is under way is torch.distributed.checkpoint's, which makes state to be loaded."""
+    frame = sys._getframe(1) if _STATE_DICT in sys.modules else None
+    while frame and (frame.f_code.co_name, frame.f_globals.get("__name__")) != ("_init_optim_state", _STATE_DICT):
+        frame = frame.f_back
+    return frame is not None
 
 
 @torch.no_grad()
@@ -49,7 +105,7 @@ def update(optimizer: Any, params: list[Tensor], ema_decay: float) -> None:
 
 def update_after_torchs_step(optimizer: Any, ema_decay: float, first: bool) -> None:
     state = optimizer.state
-    params = list(dict.fromkeys(p for p in all_params(optimizer) if p.grad is not None or EMA in state.get(p, ())))
+    params = list(dict.fromkeys(p for p in all_params(optimizer) if p.grad is not None or _has_one(state.get(p))))
     for param in params:
         if state[param].get(EMA) is None:
             state[param][EMA] = begun(optimizer, param)
@@ -57,6 +113,10 @@ def update_after_torchs_step(optimizer: Any, ema_decay: float, first: bool) -> N
         copy_first(optimizer, params)
     else:
         update(optimizer, params, ema_decay)
+
+
+def _has_one(entry: dict[str, Any] | None) -> bool:
+    return entry is not None and entry.get(EMA) is not None
 
 
 def _weights(optimizer: Any, param: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class Options:
     # The optimizer's attributes of these names, while they are set.
     grad_scale: Tensor | float | None = None
     found_inf: Tensor | float | None = None
+    may_be_open = False  # whether there may be averages that are only there to be loaded
 
     def __init__(
         self,

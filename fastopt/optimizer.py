@@ -36,6 +36,8 @@ Class = TypeVar("Class", bound=Optimizer)
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 # What torch's step calls of its object; the last is an older torch's name of the one before.
 _PARTS_OF_STEP = ("_init_group", "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+# What a step makes anew in a state that lacks it, of what options add.
+_OPTIONAL = (averages.EMA, "rounding_seed", "step")
 
 if TYPE_CHECKING:
     from ._C import Answer, Want
@@ -167,6 +169,8 @@ class FusedStep(_Base):
                 slots = {} if state_dtype is None else self._fastopt.slots(self, groups[param])
                 for name, value in entry.items():
                     if not torch.is_tensor(value):
+                        if name in _OPTIONAL and _is_absent(value):
+                            self.state[param].pop(name)
                         continue
                     if name == "step":
                         value = value.to(param.device, torch.float32) if capturable else value.cpu()
@@ -179,6 +183,8 @@ class FusedStep(_Base):
                     self.state[param][name] = value
             if masters:
                 _drop_cast_companions(self, [param for param, _ in loaded])
+            if self._fastopt_options is not None:
+                averages.find_open(self)
 
         handles = [
             self.register_load_state_dict_pre_hook(check),  # the last: it sees what the user's hooks made of the file
@@ -326,8 +332,11 @@ def _step_with(self: Any, extras: Extras | None) -> None:
         self._fastopt_gpu.make_ready(extras)
     if answer := _C.step(self, None, extras):
         _follow(self, answer, extras)
-    if extras is not None and extras.ema_decay is not None and (params := _C.only_averaged(self)):
-        averages.update(self, params, extras.ema_decay)
+    if extras is not None and extras.ema_decay is not None:
+        if params := _C.only_averaged(self):
+            averages.update(self, params, extras.ema_decay)
+        if self._fastopt_options.may_be_open:
+            averages.begin_open(self)
 
 
 def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
@@ -468,12 +477,22 @@ def _state_dtype(self: Any, param: Tensor) -> torch.dtype | None:
 
 @torch.no_grad()
 def _remake_state(self: Any) -> None:
-    """Gives state that torch's constructor has made the dtype that was asked for."""
+    """Gives state that torch's constructor has made the dtype that was asked for, and what the options add to it.
+
+    So that torch.distributed.checkpoint, which loads what is there, finds it all.
+    """
+    extras = self._fastopt_options.extras
     for group in self.param_groups:
         for param in group["params"]:
-            if param in self.state and _state_dtype(self, param) is not None:
+            if param not in self.state:
+                continue
+            if _state_dtype(self, param) is not None:
                 new = _new_state(self, group, param)
                 self.state[param].update({name: new[name] for name in self._fastopt.slots(self, group)})
+            if extras is not None:
+                add_state(self, param, extras, functools.partial(_step_count, group=group, param=param))
+                if extras.ema_decay is not None:
+                    averages.leave_open(self, [param])
 
 
 def _unmake_state(self: Any, made: list[tuple[Tensor, dict[str, Any] | None]]) -> None:
@@ -489,7 +508,7 @@ def _check_loaded(self: Any, group: Group, param: Tensor, key: Any, entry: dict[
     has_step = self._fastopt.has_step
     slots = list(self._fastopt.slots(self, group))
     beside = [name for name, value in entry.items() if is_companion(name, value, param)]
-    beside += [averages.EMA] * (entry.get(averages.EMA) is not None)
+    beside += [averages.EMA] * (not _is_absent(entry.get(averages.EMA)))
     for name in ["step"] * has_step + slots + beside:
         value = entry.get(name)
         if value is None and not has_step:
@@ -505,6 +524,11 @@ def _check_loaded(self: Any, group: Group, param: Tensor, key: Any, entry: dict[
         elif value.shape != param.shape:
             shapes = f"shape {list(value.shape)}, the parameter {list(param.shape)}"
             raise ValueError(f"loaded {name!r} of parameter {key} has {shapes}")
+
+
+def _is_absent(value: Any) -> bool:
+    """An empty dict is what `set_optimizer_state_dict` makes of an entry that a flattened file lacks."""
+    return value is None or (isinstance(value, dict) and not value)
 
 
 def _drop_cast_companions(self: Any, params: list[Tensor]) -> None:

@@ -3,9 +3,20 @@
 import copy
 import functools
 import io
+import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+
+from fastopt.swa_utils import averaged_copy, averaged_parameters
 
 from . import reference
 from .optimizers import ROWS
@@ -265,3 +276,150 @@ def test_a_file_is_not_changed_by_loading(row):
     optimizer.load_state_dict(saved)
     assert saved["param_groups"] == untouched["param_groups"]
     assert_same_bits(saved["state"], untouched["state"])
+
+
+# ---- torch.distributed.checkpoint, which loads what is in the state already
+
+
+class Params(torch.nn.Module):
+    """Parameters of each dtype in a model, whose names are those in the checkpoint."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [((33,), torch.bfloat16), ((4, 3), torch.float16), ((5, 7), torch.float32), ((1,), torch.float64)]
+        values = [torch.randn(size, generator=generator).to(dtype) for size, dtype in sizes]
+        self.list = torch.nn.ParameterList(values)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
+        optimizer.step()
+
+
+def save(model, optimizer, path, options):
+    parts = get_state_dict(model, optimizer, options=options)
+    checkpoint.save(dict(zip(("model", "optimizer"), parts, strict=True)), checkpoint_id=path, no_dist=True)
+
+
+def load(model, optimizer, path, options, partial=False):
+    parts = get_state_dict(model, optimizer, options=options)
+    state = dict(zip(("model", "optimizer"), parts, strict=True))
+    planner = checkpoint.DefaultLoadPlanner(allow_partial_load=partial)
+    checkpoint.load(state, checkpoint_id=path, planner=planner, no_dist=True)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+    )
+
+
+# What a step adds to the state, together.
+ALL_OPTIONS = (
+    {"ema_decay": 0.9, "master_weights": True, "state_dtype": torch.float32, "max_grad_norm": 1.0},
+    {"ema_decay": 0.9, "stochastic_rounding": True, "rounding_seed": 3, "state_dtype": torch.bfloat16},
+)
+every_option = pytest.mark.parametrize("options", ALL_OPTIONS, ids=["master_weights", "stochastic_rounding"])
+alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+flattened = pytest.mark.parametrize("how", [StateDictOptions(flatten_optimizer_state_dict=f) for f in (False, True)])
+
+
+@alone
+@flattened
+@every_option
+@every_row
+def test_distributed_checkpoint_goes_on_with_the_same_bits(row, options, how, tmp_path):
+    """Of all that the options keep in the state; the optimizer that loads it is new, and has another seed."""
+    whole = Params(0)
+    optimizer = row.ours(whole.parameters(), **row.plain, **options)
+    train(whole, optimizer, range(3))
+    save(whole, optimizer, tmp_path, how)
+    train(whole, optimizer, range(3, 6))
+    again = Params(1)
+    resumed = row.ours(again.parameters(), **row.plain, **{**options, "rounding_seed": 8})
+    load(again, resumed, tmp_path, how)
+    train(again, resumed, range(3, 6))
+    assert_same_bits(snapshot(resumed), snapshot(optimizer), row.name)
+
+
+@alone
+@flattened
+@every_option
+@every_row
+def test_distributed_checkpoint_of_torchs(row, options, how, tmp_path):
+    """With DCP's allow_partial_load, what torch's lacks begins as after load_state_dict: the average too."""
+    model = Params(0)
+    theirs = row.theirs(model.parameters(), foreach=False, **row.plain)
+    train(model, theirs, range(3))
+    save(model, theirs, tmp_path, how)
+
+    expected = row.ours(model.parameters(), **row.plain, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    again = Params(1)
+    optimizer = row.ours(again.parameters(), **row.plain, **options)
+    with pytest.raises(BaseException, match="Missing key in checkpoint state_dict: optimizer.state.list.0"):
+        load(again, optimizer, tmp_path, how)
+    load(again, optimizer, tmp_path, how, partial=True)
+    with pytest.raises(ValueError, match="no optimizer has running averages"):
+        averaged_copy(again, optimizer)
+    if row.name == "SGD":  # torch's has no count, and DCP lets an optimizer step once to make state
+        for entry in optimizer.state.values():
+            entry.pop("step", None)
+    for step in range(3, 6):
+        train(model, expected, [step])
+        train(again, optimizer, [step])
+        assert_same_bits(snapshot(optimizer), snapshot(expected), f"{row.name}, step {step}")
+
+
+@every_option
+@every_row
+def test_a_flattened_state_dict_of_torchs(row, options):
+    """set_optimizer_state_dict fills in an empty dict for what it lacks."""
+    how = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = Params(0)
+    theirs = row.theirs(model.parameters(), foreach=False, **row.plain)
+    train(model, theirs, range(3))
+    again, expected = Params(0), row.ours(model.parameters(), **row.plain, **options)
+    again.load_state_dict(model.state_dict())
+    optimizer = row.ours(again.parameters(), **row.plain, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if "master_weights" in options else "error", UserWarning)
+        expected.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        set_optimizer_state_dict(again, optimizer, get_optimizer_state_dict(model, theirs, options=how), options=how)
+    train(model, expected, range(3, 6))
+    train(again, optimizer, range(3, 6))
+    assert_same_bits(snapshot(optimizer), snapshot(expected), row.name)
+
+
+@every_row
+def test_averages_begin_with_the_first_step_that_trains(row):
+    """Not with that by which DCP makes state; whether something is loaded then or not."""
+    model = Params(0)
+    optimizer = row.ours(model.parameters(), **row.plain, ema_decay=0.9)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other = Params(0)
+    loaded = row.ours(other.parameters(), **row.plain, ema_decay=0.9)
+    set_optimizer_state_dict(other, loaded, saved)
+    for it in (optimizer, loaded, copy.deepcopy(loaded)):
+        params = [param for group in it.param_groups for param in group["params"]]
+        with pytest.raises(ValueError, match="no optimizer has running averages"), averaged_parameters(it):
+            pass
+        params[2].grad, whole = torch.ones(5, 7), params[2].data
+        params[2].data = torch.ones(4)
+        with pytest.raises(RuntimeError, match="has shape"):
+            it.step()
+        params[2].data = whole
+        drive(it, [[None, *[torch.ones_like(p) for p in params[1:]]]])
+        assert "ema" not in it.state[params[0]]
+        assert_same_bits([it.state[p]["ema"] for p in params[1:]], [wide(p) for p in params[1:]], "the first")
+        before = [wide(p) for p in params]
+        drive(it, [[torch.ones_like(p) for p in params]])
+        expected = [torch.lerp(b, wide(p), 1 - 0.9) for b, p in zip(before, params, strict=True)]
+        assert_same_bits([it.state[p]["ema"] for p in params], expected, "the second")
+
+
+def wide(param):
+    return param.detach().clone() if param.dtype.itemsize >= 4 else param.detach().float()

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import itertools
 import statistics
+import threading
 import time
 import warnings
 
@@ -18,6 +19,7 @@ import torch.distributed.checkpoint as checkpoint
 import torch.multiprocessing
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
     set_optimizer_state_dict,
@@ -68,7 +70,7 @@ def values_of(optimizer):
     found = []
     for group in optimizer.param_groups:
         for param in group["params"]:
-            for tensor in (param, *optimizer.state.get(param, {}).values()):
+            for _, tensor in (("", param), *sorted(optimizer.state.get(param, {}).items())):
                 if isinstance(tensor, torch.Tensor):
                     found.append(local(tensor).clone())
     return found
@@ -397,6 +399,10 @@ def test_checkpoint_in_another_world_size(tmp_path):
     in_processes(1, tmp_path, resume, str(path))
 
 
+def test_checkpoints_of_options(tmp_path):
+    in_processes(2, tmp_path, checkpoints_of_options, str(tmp_path))
+
+
 def test_host_time_of_dtensors(tmp_path):
     in_processes(1, tmp_path, host_time_of_dtensors, None)
 
@@ -524,6 +530,50 @@ def clip_where_a_process_has_no_gradient(_):
     with contextlib.nullcontext() if rank == 0 else pytest.raises(RuntimeError, match="a device mesh without this"):
         optimizer.step()
     assert (optimizer.grad_norm is not None) == (rank == 0) == bool(optimizer.state)
+
+
+def clip_in_two_threads(_):
+    """Processes would not agree whose norm comes first: refused; without clipping each step is done."""
+    line = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    class SteppedBy:
+        """An option that another thread steps with, while the first one reads it."""
+
+        def __init__(self, optimizer):
+            self.optimizer, self.error, self.is_read = optimizer, None, False
+
+        def step(self):
+            try:
+                self.optimizer.step()
+            except RuntimeError as error:
+                self.error = error
+
+        def __bool__(self):
+            if not self.is_read:
+                self.is_read = True
+                thread = threading.Thread(target=self.step)
+                thread.start()
+                thread.join()
+            return False
+
+    for row, clips in itertools.product(ROWS, (True, False)):
+        both = []
+        for threads in (1, 2):
+            params = placed_parameters((torch.float32,), (line, (Shard(0),)), None)
+            optimizer = row.ours(params, **row.plain, **({"max_grad_norm": 0.5} if clips else {}))
+            for step in range(2):
+                gradients(params, step)
+                optimizer.step()
+            if threads == 2:
+                option = SteppedBy(optimizer)
+                optimizer.param_groups[0]["maximize"] = option
+            elif not clips:
+                optimizer.step()
+            optimizer.step()
+            both.append(values_of(optimizer))
+        assert option.is_read and (option.error is not None) == clips
+        assert not clips or "max_grad_norm: the parameters are DTensors, and another thread" in str(option.error)
+        assert_same_bits(*both, f"{row.name}, clipping {clips}")
 
 
 def clip_after_unscaling(_):
@@ -740,6 +790,68 @@ def master_weights(_):
             assert_same_bits(loaded, local(optimizer.state[param]["remainder"]), f"{row.name}, loaded")
 
 
+def checkpoints_of_options(path):
+    """All that options keep, of shards: resumed from ours with the same bits, and begun where torch's has nothing."""
+
+    def narrow():
+        return sharded(model_of_odd_sizes().bfloat16())
+
+    def steps(model, optimizer, which):
+        for t in which:
+            optimizer.zero_grad()
+            torch.manual_seed(t)
+            model(torch.randn(3, 6, dtype=torch.bfloat16)).square().mean().backward()
+            optimizer.step()
+        model.zero_grad()  # beside gradients DCP makes no state
+
+    def through(name, model, optimizer, again, other, how, partial=False):
+        saved = get_optimizer_state_dict(model, optimizer, options=how)
+        if how.full_state_dict:  # no DCP: a file of one process, say
+            return set_optimizer_state_dict(again, other, copy.deepcopy(saved), options=how)
+        checkpoint.save({"optimizer": saved}, checkpoint_id=f"{path}/{name}")
+        state = {"optimizer": get_optimizer_state_dict(again, other, options=how)}
+        planner = checkpoint.DefaultLoadPlanner(allow_partial_load=partial)
+        checkpoint.load(state, checkpoint_id=f"{path}/{name}", planner=planner)
+        set_optimizer_state_dict(again, other, state["optimizer"], options=how)
+
+    ways = {
+        "nested": StateDictOptions(),
+        "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+        "full": StateDictOptions(full_state_dict=True),
+    }
+    both = (
+        {"ema_decay": 0.9, "master_weights": True, "state_dtype": torch.float32, "max_grad_norm": 0.1},
+        {"ema_decay": 0.9, "stochastic_rounding": True, "max_grad_norm": 0.1},
+    )
+    for row, (way, how), (at, options) in itertools.product(ROWS, ways.items(), enumerate(both)):
+        if way == "full" and "master_weights" in options:
+            continue  # no backend of torch gathers int16
+        model, again = narrow(), narrow()
+        optimizer = row.ours(model.parameters(), **row.plain, **options)
+        steps(model, optimizer, range(3))
+        other = row.ours(again.parameters(), **row.plain, **options)
+        again.load_state_dict(model.state_dict())
+        through(f"{row.name} {way} {at}", model, optimizer, again, other, how)
+        for it in ((model, optimizer), (again, other)):
+            steps(*it, range(3, 5))
+        assert_same_bits(values_of(other), values_of(optimizer), f"{row.name} {way} {options}, resumed")
+
+        theirs = row.theirs(model.parameters(), foreach=False, **row.plain)
+        steps(model, theirs, range(3))
+        again.load_state_dict(model.state_dict())
+        found = [row.ours(it.parameters(), **row.plain, **options) for it in (model, again)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[0].load_state_dict(copy.deepcopy(theirs.state_dict()))
+            through(f"{row.name} {way} {at}, torch's", model, theirs, again, found[1], how, partial=True)
+        if row.name == "SGD":  # torch's has no count, and DCP lets an optimizer step once to make state
+            for entry in found[1].state.values():
+                entry.pop("step", None)
+        for it in zip((model, again), found, strict=True):
+            steps(*it, range(3, 5))
+        assert_same_bits(values_of(found[1]), values_of(found[0]), f"{row.name} {way} {options}, torch's")
+
+
 def stochastic_rounding(_):
     """Replicas are rounded alike, and shards by bits of their own."""
     world_size = dist.get_world_size()
@@ -762,8 +874,8 @@ def stochastic_rounding(_):
 
 
 IN_THE_STEP = (
-    clip_in_the_step, clip_where_a_process_has_no_gradient, clip_after_unscaling, clip_what_the_plan_does_not_take,
-    clip_in_the_step_of_models, averages, master_weights, stochastic_rounding,
+    clip_in_the_step, clip_where_a_process_has_no_gradient, clip_in_two_threads, clip_after_unscaling,
+    clip_what_the_plan_does_not_take, clip_in_the_step_of_models, averages, master_weights, stochastic_rounding,
 )  # fmt: skip
 
 

@@ -75,7 +75,9 @@ void Plan::ask_class(PyObject* self) {
 bool Plan::check(PyObject* self, PyObject* fresh, const Extras& extras) {
   if (extras.clips) attribute(attribute(self, names::options).ptr(), names::refuse_parts)(py::handle(self));
   walk.check(self, fresh, extras.state(), !temporary);
-  if (extras.clips && temporary && walk.any_dtensor) throw Outside{"two threads step DTensors of one optimizer"};
+  if (extras.clips && temporary && walk.any_dtensor)   // processes would not agree whose reduction comes first
+    raise(PyExc_RuntimeError, "max_grad_norm: the parameters are DTensors, and another thread is in this optimizer's step: the norm is of all processes, "
+                              "which must take it in one order. Nothing was changed. Step it from one thread at a time");
   if (walk.missing) return false;
   const bool in_turn = walk.extents.overlap();
   if (in_turn && !walk.gpu.rows.empty()) throw Outside{"on a GPU, parameters share memory"};

@@ -266,7 +266,7 @@ void Walk::check_averages() {
       PyObject* entry = _PyDict_GetItem_KnownHash(state, own.object, reinterpret_cast<Py_hash_t>(own.object));
       const py::object average = entry && is_dict(entry) ? item_of(entry, names::ema) : py::object();
       if (PyErr_Occurred()) throw python_error();
-      if (!average) continue;
+      if (!average || average.is_none()) continue;   // none has begun
       TensorImpl* tensor = tensor_or_null(average.ptr());
       if (!tensor) refuse_object(average.ptr(), "ema", {g, i});
       check_shape(tensor, impl_of(own.object), "ema", {g, i});
