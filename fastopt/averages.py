@@ -95,12 +95,21 @@ def _is_for_a_checkpoint() -> bool:
 
 
 @torch.no_grad()
-def update(optimizer: Any, params: list[Tensor], ema_decay: float) -> None:
-    """Any other update, of parameters that the plan did not step and which have an average."""
+def update(optimizer: Any, params: list[Tensor], ema_decay: float, found_inf: Tensor | None = None) -> None:
+    """Any other update, of parameters that the plan did not step and which have an average.
+
+    It is left out where a number on a GPU is not 0.
+    """
     averages = [optimizer.state[param][EMA] for param in params]
     values = [_weights(optimizer, param).to(average.dtype) for param, average in zip(params, averages, strict=True)]
-    if averages:
+    if not averages:
+        return
+    if found_inf is None:
         torch._foreach_lerp_(averages, values, 1 - ema_decay)
+    else:
+        updated = torch._foreach_lerp(averages, values, 1 - ema_decay)
+        for average, value in zip(averages, updated, strict=True):
+            average.copy_(torch.where(found_inf.to(average.device) == 0, value, average))
 
 
 def update_after_torchs_step(optimizer: Any, ema_decay: float, first: bool) -> None:

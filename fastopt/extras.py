@@ -40,6 +40,13 @@ NOT_IN_A_GRAPH = (
 )
 
 
+NOT_SEEN_IN_A_GRAPH = (
+    "found_inf: torch's own step would have to run, because {reason}, and while a CUDA graph is captured nobody can "
+    "look whether it shall. Nothing was changed. Capture the loop without this step, or step such parameters with an "
+    "optimizer of their own, without found_inf"
+)
+
+
 class Extras(NamedTuple):
     """Of one step: what csrc/plan/extras.h reads. None is without."""
 
@@ -51,6 +58,10 @@ class Extras(NamedTuple):
     ema_decay: float | None = None  # how much of the running averages is kept
     masters: bool = False  # 16-bit parameters have master weights
     draws: bool = False  # or are rounded with random bits
+    # A number on a GPU, where the update of a step that is not 0 writes nothing; and whether the step finds it itself,
+    # which is 1 if some gradient, multiplied, is not finite.
+    found_inf: Tensor | None = None
+    searches: bool = False
 
 
 def _number(name: str, value: Any, wanted: str, good: Callable[[float], bool]) -> float:
@@ -119,8 +130,9 @@ class Options:
                 "out and call fastopt.clip_grad_norm_ with the parameters of the model before the step"
             )
         self.norm: Tensor | None = None  # of the last step, if it was not the plan's
-        # By fastopt.GradScaler: the inverse scale, and the norm.
+        # By fastopt.GradScaler: the inverse scale, and the norm; or found_inf, which the step is to find.
         self.searched: tuple[float | Tensor, float | Tensor] | None = None
+        self.searches: tuple[Tensor, Tensor] | None = None
 
     def refuse_parts(self, optimizer: Any) -> None:
         """The plan asks before it clips parameters that it has not seen yet."""
@@ -144,11 +156,20 @@ class Options:
         return self.masters or self.draws
 
     def skips(self, optimizer: Any) -> bool:
-        """Whether the step is to be left out: a scaler found infinities."""
+        """Whether the step is to be left out: a scaler found infinities. The host waits for a number on a GPU."""
         found = self.found_inf
-        if found is None or optimizer._step_supports_amp_scaling:
-            return False
+        if found is None or optimizer._step_supports_amp_scaling or self._found_on_gpu(optimizer) is not None:
+            return False  # its own step, or the update, looks at it
         return bool((found != 0).any() if isinstance(found, Tensor) else found != 0)
+
+    def _found_on_gpu(self, optimizer: Any) -> Tensor | None:
+        """found_inf where the update reads it, and nothing waits."""
+        found = self.found_inf
+        if not isinstance(found, Tensor) or found.device.type != _C.gpu_type() or optimizer._step_supports_amp_scaling:
+            return None
+        if self.error_if_nonfinite or not counts_on_gpu(optimizer):  # the host looks at a norm, or counts
+            return None
+        return found if found.numel() == 1 else (found != 0).any()
 
     def of_step(self, optimizer: Any) -> Extras | None:
         """For the step that begins; None if it is the update alone."""
@@ -160,9 +181,8 @@ class Options:
             self.extras = self._extras(max_norm, ema_decay)
             if {type(max_norm), type(ema_decay)} <= {float, int, type(None)}:  # a tensor may change and stay itself
                 self.values = max_norm, ema_decay
-        if self.searched is None and self.grad_scale is None and not self.error_if_nonfinite:
-            return self.extras
-        return self._scaled(optimizer)
+        scaled = self.searched or self.searches or self.grad_scale is not None or self.found_inf is not None
+        return self._scaled(optimizer) if scaled or self.error_if_nonfinite else self.extras
 
     def _extras(self, max_norm: Any, ema_decay: Any) -> Extras | None:
         if max_norm is not None:
@@ -175,16 +195,21 @@ class Options:
 
     def _scaled(self, optimizer: Any) -> Extras | None:
         """The same with what belongs to one step alone."""
-        extras, inverse_scale, norm = self.extras or Extras(), None, None
+        extras, inverse_scale, norm, found_inf = self.extras or Extras(), None, None, None
         if self.searched is not None:
             inverse_scale, norm = self.searched
+        elif self.searches is not None:
+            inverse_scale, found_inf = self.searches
         elif self.grad_scale is not None and not optimizer._step_supports_amp_scaling:  # else its own step unscales
             inverse_scale = _inverse(self.grad_scale)
         if self.error_if_nonfinite and extras.max_norm is not None and norm is None:
             norm = _refuse_nonfinite_on_gpu(optimizer, inverse_scale)
-        if inverse_scale is None and norm is None:
+        if found_inf is None:
+            found_inf = self._found_on_gpu(optimizer)
+        if inverse_scale is None and norm is None and found_inf is None:
             return self.extras
-        return extras._replace(inverse_scale=inverse_scale, norm=norm)
+        searches = self.searches is not None
+        return extras._replace(inverse_scale=inverse_scale, norm=norm, found_inf=found_inf, searches=searches)
 
     def state_dtype_of(self, param: Tensor) -> torch.dtype | None:
         """What the state of a parameter shall be; None: as torch makes it, also of float64 and complex ones."""
@@ -208,11 +233,31 @@ class Options:
                 if extras.max_norm is not None:
                     self.refuse_parts(optimizer)
                     norm = _clip(all_params(optimizer), extras.max_norm, extras.error_if_nonfinite)
-            step(optimizer, extras._replace(max_norm=None, inverse_scale=None, norm=None))
+            step(optimizer, Extras(ema_decay=extras.ema_decay, masters=extras.masters, draws=extras.draws))
             self.norm = norm
         finally:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
+
+
+def counts_on_gpu(optimizer: Any) -> bool:
+    """Whether a GPU counts the steps, so that it may leave one out."""
+    return all(group.get("capturable") for group in optimizer.param_groups)
+
+
+@torch.no_grad()
+def is_left_out(optimizer: Any, extras: Extras | None, reason: str = "") -> bool:
+    """Whether infinities are found, where the update cannot look: the host waits for it."""
+    if extras is None or (found := extras.found_inf) is None:
+        return False
+    if found.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(NOT_SEEN_IN_A_GRAPH.format(reason=reason))
+    if extras.searches:
+        grads = [param.grad for param in all_params(optimizer) if param.grad is not None]
+        scale = cast(Tensor, extras.inverse_scale)
+        finite = [(grad * scale.to(grad.device)).isfinite().all().to(found.device) for grad in grads]
+        found.copy_(torch.stack(finite).logical_not().any())
+    return bool(found != 0)
 
 
 def _clip(params: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -124,13 +125,16 @@ class Stages(NamedTuple):
     unscales: bool = False
     clips: bool = False
     norm_known: bool = False
+    searches: bool = False
+    skips: bool = False
 
     @classmethod
     def of(cls, extras: Extras | None) -> Stages:
         if extras is None:
             return _UPDATE_ALONE
         clips = extras.max_norm is not None
-        return cls(extras.inverse_scale is not None, clips, clips and extras.norm is not None)
+        norm_known, skips = clips and extras.norm is not None, extras.found_inf is not None
+        return cls(extras.inverse_scale is not None, clips, norm_known, extras.searches, skips)
 
 
 _UPDATE_ALONE = Stages()
@@ -138,6 +142,7 @@ _UPDATE_ALONE = Stages()
 
 class Launchers(NamedTuple):
     update: Any
+    prepare: Any
     norm: Any
     finish: Any
 
@@ -147,13 +152,10 @@ class Bucket(Uploads):
 
     def __init__(self, algorithm: str, device: torch.device, want: Want):
         super().__init__(device)
-        self.algorithm, self.used, capturable = algorithm, want.used, want.capturable
+        self.algorithm, self.used, self.capturable = algorithm, want.used, want.capturable
         self.dtype, self.grad_dtype, self.state_dtype = DTYPES[want.param], DTYPES[want.grad], DTYPES[want.state]
         self.averages, self.companions, self.draws = want.averages, want.companions, want.draws
         self.launchers: dict[Stages, Launchers] = {}
-        self.preparer: Any = None
-        if capturable:
-            self.preparer = multi_tensor.prepare_launcher(algorithm, self.dtype, device.index or 0)
         self.columns = multi_tensor.table_columns(algorithm, want.averages, want.companions, want.draws)
         words = multi_tensor.scalars_words(algorithm, self.dtype)
         self.no_words, self._row_of_scalars = (0,) * words, ctypes.c_int64 * words
@@ -167,19 +169,21 @@ class Bucket(Uploads):
 
     def compile(self, stages: Stages) -> None:
         index = self.device.index or 0
-        unscales, clips, norm_known = stages
+        unscales, clips, norm_known, searches, skips = stages
         kind = self.algorithm, self.used, self.dtype, self.state_dtype
-        draws = 0 if not self.draws else 1 if self.preparer is None else 2
-        beside = unscales + clips, self.averages, self.grad_dtype, self.companions, draws
+        draws = 0 if not self.draws else 2 if self.capturable else 1
+        beside = unscales + clips, self.averages, self.grad_dtype, self.companions, draws, skips
         update = multi_tensor.update_launcher(*kind, index, *beside)
-        norm = finish = None
-        if clips:
+        prepare = norm = finish = None
+        if self.capturable:
+            prepare = multi_tensor.prepare_launcher(self.algorithm, self.dtype, index, skips)
+        if clips or searches:
             kind_of_norm = passes.GIVEN if norm_known else passes.SQUARES
             finish = passes.finish_launcher(kind_of_norm.value, self.norm_dtype, index)
-        if clips and not norm_known:
+        if (clips or searches) and not norm_known:
             kind_of_pass = passes.SQUARES.value, self.grad_dtype, index
             norm = passes.step_norm_launcher(*kind_of_pass, self.columns, int(unscales))
-        self.launchers[stages] = Launchers(update, norm, finish)
+        self.launchers[stages] = Launchers(update, prepare, norm, finish)
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -187,7 +191,7 @@ class Bucket(Uploads):
 
     def grow(self, words: int) -> None:
         # Replays fill their buffer at times that the plan doesn't know; so steps outside graphs have another.
-        count = 1 if self.preparer is None else 2
+        count = 2 if self.capturable else 1
         with torch.inference_mode(False):
             self._buffers = [torch.empty(words, dtype=torch.int64, device=self.device) for _ in range(count)]
         self._streams = {current_stream(self.device)}
@@ -195,7 +199,7 @@ class Bucket(Uploads):
         self.use(in_graph=False)
 
     def use(self, in_graph: bool) -> None:
-        self.buffer = self._buffers[in_graph and self.preparer is not None]  # without one it is never captured
+        self.buffer = self._buffers[in_graph and self.capturable]
         self._targets.clear()
 
     def launched_on(self, stream: int) -> None:
@@ -262,6 +266,16 @@ class Sent(NamedTuple):
     hypers: int
 
 
+class Beside(NamedTuple):
+    """What the launches of a device are told of what there is to do beside the update."""
+
+    words: tuple[int, ...]  # of the update
+    found_inf: int  # the address, or 0
+
+
+_NOTHING_BESIDE = Beside((), 0)
+
+
 class Gpu:
     """What an optimizer keeps for its GPU parameters."""
 
@@ -273,7 +287,7 @@ class Gpu:
         # and a number by which gradients are multiplied.
         self.numbers: dict[tuple[torch.device, int], Tensor] = {}
         self._factors: dict[tuple[torch.device, int], tuple[float, Tensor]] = {}
-        self._in_use: dict[torch.device, list[Tensor]] = {}
+        self._in_use: Any = None
         self._in_graph = False  # whether the last step was captured
         self._on_cuda = _C.gpu_type() == "cuda"
 
@@ -351,7 +365,7 @@ class Gpu:
     def run(self, optimizer: Any, launches: tuple[Launch, ...], extras: Extras | None = None) -> Tensor | None:
         """Uploads and launches a step. Returns the norm of all gradients, if it clips: a tensor of its own."""
         done, norm, stages = 0, None, Stages.of(extras)
-        beside: dict[torch.device, tuple[int, ...]] = {}
+        beside: dict[torch.device, Beside] = {}
         try:
             sent = [self._upload(launch, stages) for launch in launches]
             if extras is not None:
@@ -383,35 +397,36 @@ class Gpu:
             else:
                 bucket.launched_on(stream)
                 stop = changed_to
-                if bucket.preparer is None and (row := bucket.one_row_of_scalars(address, scalars_at, changed_from)):
+                if not bucket.capturable and (row := bucket.one_row_of_scalars(address, scalars_at, changed_from)):
                     scalars, words, stop = 0, row, min(stop, scalars_at)
                 if changed_from < stop:
                     bucket.upload(address, changed_from, stop)
-                    if bucket.preparer is not None and changed_from < table_at:
+                    if bucket.capturable and changed_from < table_at:
                         bucket.make_ready_for_graph(address, table_at, hypers_at, stop)
         table, hypers = base + 8 * table_at, base + 8 * hypers_at
         return bucket, bucket.launchers[stages], programs, prepared, stream, work, table, scalars, words, hypers
 
-    def _launch(self, sent: tuple[Any, ...], beside: dict[torch.device, tuple[int, ...]]) -> None:
+    def _launch(self, sent: tuple[Any, ...], beside: dict[torch.device, Beside]) -> None:
         bucket, launchers, programs, prepared, stream, work, table, scalars, words, hypers = sent
+        more, found_inf = beside.get(bucket.device, _NOTHING_BESIDE)
         with _current(bucket.device):
             if prepared:
-                bucket.preparer.launch(prepared, stream, hypers, scalars)
+                launchers.prepare.launch(prepared, stream, hypers, scalars, found_inf)
             if programs:
-                launchers.update.launch(programs, stream, work, table, scalars, words + beside.get(bucket.device, ()))
+                launchers.update.launch(programs, stream, work, table, scalars, words + more)
         self.launches += 1
 
     # ---- beside the update
 
-    def _beside(self, sent: list[Sent], extras: Extras) -> tuple[dict[torch.device, tuple[int, ...]], Tensor | None]:
-        """For each device the words of a launch that tell what to do beside the update; and the norm."""
+    def _beside(self, sent: list[Sent], extras: Extras) -> tuple[dict[torch.device, Beside], Tensor | None]:
+        """For each device what its launches are told; and the norm, if the step clips."""
         streams = {one.bucket.device: one.stream for one in sent}
         factors: dict[torch.device, list[Tensor]] = {device: [] for device in streams}
         if extras.inverse_scale is not None:
             for device, stream in streams.items():
                 factors[device].append(self._factor(device, stream, extras.inverse_scale))
-        norm = None
-        if extras.max_norm is not None:
+        norm, clips, searches = None, extras.max_norm is not None, extras.searches
+        if clips or searches:
             first, numbers, programs = self._partial_norms(sent, streams, factors, extras.norm is None)
             launcher, dtype = max(((one.launchers.finish, one.bucket.norm_dtype) for one in sent), key=_itemsize)
             with _current(first):
@@ -419,13 +434,22 @@ class Gpu:
                     norm = torch.empty((), dtype=dtype, device=first)
                 else:
                     norm = number_on(first, extras.norm).to(dtype)
-                arrays = numbers.data_ptr() + 16, programs, _bits(extras.max_norm), norm.data_ptr(), numbers.data_ptr()
+                max_norm = _bits(math.inf if extras.max_norm is None else extras.max_norm)
+                arrays = numbers.data_ptr() + 16, programs, max_norm, norm.data_ptr(), numbers.data_ptr()
                 launcher.launch(1, streams[first], *arrays)
-            for device in streams:
-                factors[device].append(numbers if device == first else numbers[:1].to(device))
-        self._in_use = factors  # until their launches are queued
+            if searches:
+                cast(Tensor, extras.found_inf).copy_(numbers[1], non_blocking=True)
+            if clips:
+                for device in streams:
+                    factors[device].append(numbers if device == first else numbers[:1].to(device))
+        flags = {} if extras.found_inf is None else {device: number_on(device, extras.found_inf) for device in streams}
+        self._in_use = factors, flags  # until their launches are queued
         weight = () if extras.ema_decay is None else (_bits(1 - extras.ema_decay),)
-        return {device: (*map(address_of, factors[device]), *weight) for device in streams}, norm
+        beside = {}
+        for device in streams:
+            flag = (address_of(flags[device]),) if flags else ()
+            beside[device] = Beside((*map(address_of, factors[device]), *weight, *flag), *flag or (0,))
+        return beside, norm if clips else None
 
     def _factor(self, device: torch.device, stream: int, value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor) or self._in_graph:  # a graph keeps its own

@@ -11,7 +11,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from .averages import all_params
 from .backends import _C, count_left_to_torch
-from .extras import Options
+from .extras import Options, counts_on_gpu
 from .optimizer import FusedStep, is_ours
 
 
@@ -66,7 +66,8 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer)
         finally:
             del self._fastopt_optimizer
-            optimizer._fastopt_options.searched = None  # type: ignore[attr-defined]
+            options = optimizer._fastopt_options  # type: ignore[attr-defined]
+            options.searched = options.searches = None
 
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -75,7 +76,11 @@ class GradScaler(torch.amp.GradScaler):
         if self._fastopt_optimizer is optimizer:
             options = cast(Any, optimizer)._fastopt_options
             if inv_scale.device.type == _C.gpu_type():
-                if (grads := _gpu_grads(optimizer)) and (found := _search_on_gpu(grads, inv_scale)):
+                grads = _gpu_grads(optimizer)
+                if grads and _can_search(optimizer, grads):
+                    options.searches = inv_scale, found_inf
+                    return {found_inf.device: found_inf}
+                if grads and (found := _search_on_gpu(grads, inv_scale)):
                     norm, found_inf = found
                     options.searched = inv_scale, norm
                     return {found_inf.device: found_inf}
@@ -90,12 +95,26 @@ class GradScaler(torch.amp.GradScaler):
                 count_left_to_torch("GradScaler", answer)
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
 
+    def _maybe_opt_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """What torch's `step` does last, looking at what was found."""
+        if self._fastopt_optimizer is optimizer and cast(Any, optimizer)._fastopt_options.searches:
+            return cast("float | None", optimizer.step())
+        return super()._maybe_opt_step(optimizer, *args, **kwargs)
+
 
 def _gpu_grads(optimizer: Optimizer) -> list[Tensor]:
     """All gradients, if they are on GPUs and of dtypes that a scaler unscales; else none."""
     grads = [param.grad for param in all_params(optimizer) if param.grad is not None]
     ours = all(grad.device.type == _C.gpu_type() and grad.dtype != torch.float16 for grad in grads)
     return grads if ours else []
+
+
+def _can_search(optimizer: Any, grads: list[Tensor]) -> bool:
+    """Whether its step searches, and leaves itself out, without the host: see Extras."""
+    options = optimizer._fastopt_options
+    by_hand = options.grad_scale is not None or options.found_inf is not None
+    plain = all(type(grad) is Tensor and grad.layout is torch.strided for grad in grads)
+    return plain and counts_on_gpu(optimizer) and not by_hand and not options.error_if_nonfinite
 
 
 def _search_on_gpu(grads: list[Tensor], inverse_scale: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -27,7 +27,7 @@ from torch.optim.optimizer import Optimizer
 
 from . import averages, clip_dtensors
 from .backends import _C, torch_steps
-from .extras import KEPT, Extras, GradNorm, Options, SetByScaler, add_state, refuse_torchs_step
+from .extras import KEPT, Extras, GradNorm, Options, SetByScaler, add_state, is_left_out, refuse_torchs_step
 from .masters import COMPANIONS, NO_MASTERS, has_companion, is_companion
 
 Group = dict[str, Any]
@@ -334,7 +334,7 @@ def _step_with(self: Any, extras: Extras | None) -> None:
         _follow(self, answer, extras)
     if extras is not None and extras.ema_decay is not None:
         if params := _C.only_averaged(self):
-            averages.update(self, params, extras.ema_decay)
+            averages.update(self, params, extras.ema_decay, extras.found_inf)
         if self._fastopt_options.may_be_open:
             averages.begin_open(self)
 
@@ -358,6 +358,9 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
             elif made:
                 raise RuntimeError("state could not be made for a parameter: its step count must be a number")
             else:
+                _refuse_capture(answer.params)
+                if is_left_out(self, extras):
+                    return
                 first = extras is not None and extras.ema_decay is not None and averages.is_first_update(self)
                 params = dict.fromkeys(param for _, param in answer.params)
                 made = [(param, dict(self.state[param]) if param in self.state else None) for param in params]
@@ -373,6 +376,8 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
     if isinstance(answer, _C.LeftToTorch):
         _unmake_state(self, made)  # torch makes its own
         refuse_torchs_step(self, answer.reason)
+        if is_left_out(self, extras, answer.reason):
+            return
         if extras is None:
             _torchs_step(self, answer.reason)
         elif extras.max_norm is None and extras.inverse_scale is None:
@@ -434,6 +439,14 @@ def _torchs_step(self: Any, reason: str) -> None:
 # ---- state
 
 
+def _refuse_capture(missing: list[tuple[Group, Tensor]]) -> None:
+    """State that a graph makes is made again by each replay."""
+    if any(param.device.type == "cuda" for _, param in missing) and torch.cuda.is_current_stream_capturing():
+        from .gpu import NOT_WARM
+
+        raise RuntimeError(NOT_WARM)
+
+
 @_disable_dynamo
 @torch.no_grad()
 def _make_state(self: Any, missing: list[tuple[Group, Tensor]], extras: Extras | None) -> list[Tensor]:
@@ -442,10 +455,6 @@ def _make_state(self: Any, missing: list[tuple[Group, Tensor]], extras: Extras |
     Returns the parameters whose slots were made.
     """
     fresh = []
-    if any(param.device.type == "cuda" for _, param in missing) and torch.cuda.is_current_stream_capturing():
-        from .gpu import NOT_WARM
-
-        raise RuntimeError(NOT_WARM)  # a replay would make it again
     for group, param in missing:
         state = self.state[param]
         if self._fastopt.has_step and state:

@@ -40,9 +40,11 @@ brings more words behind those:
                          master's.
     DRAWS    0, 1 or 2   no word. The param, of 16 bits, is rounded with random bits; 2: for the step count there is the
                          address of one that `prepare` counts.
+    SKIPS    bool        an address, as in `hypers` below, of found_inf: where it is not 0, nothing is written.
 
 The host cannot change what a captured graph reads from it, so `prepare` counts the steps and computes the scalars on
 the device, from an array of addresses; the update follows on the same stream and reads row i of scalars for row i.
+With SKIPS it has the address of found_inf, too, and counts no step where that is not 0; else 0 stands for it.
 
     hypers   int64[rows, 1 + len(HYPERS)] device addresses of the step count and of each hyper-parameter in the order
                                           of HYPERS. They hold fp64 numbers, or fp32 where 1 is added to the address.
@@ -172,7 +174,7 @@ def multi_tensor_update(work, table, scalars, words,
                         PARAM: tl.constexpr, STATE: tl.constexpr,
                         CHUNK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, TAIL: tl.constexpr,
                         EVICTION: tl.constexpr, FACTORS: tl.constexpr, AVERAGE: tl.constexpr,
-                        GRAD: tl.constexpr, COMPANION: tl.constexpr, DRAWS: tl.constexpr):
+                        GRAD: tl.constexpr, COMPANION: tl.constexpr, DRAWS: tl.constexpr, SKIPS: tl.constexpr):
     """One program: one chunk of one tensor, BLOCK elements at a time in vectors of VEC, the rest TAIL at a time."""
     T: tl.constexpr = scalars.dtype.element_ty
     entry = tl.load(work + tl.program_id(0))
@@ -220,6 +222,8 @@ def multi_tensor_update(work, table, scalars, words,
     # of the elements `before` the tensor is left out; its own ones are stepped with the rest, one by one.
     off = tl.where(unlike == 0, off, 0)
     numel = tl.where(numel > CHUNK, CHUNK, numel + off).to(tl.int32)
+    if SKIPS:
+        numel = tl.where(number_at(words[options + FACTORS + AVERAGE]) == 0, numel, 0)
     base -= off
     before = tl.where(base < 0, off, 0).to(tl.int32)
     vectors = tl.where(unlike == 0, numel // VEC, 0)
@@ -273,18 +277,19 @@ def number_at(address):
 
 
 @triton.jit
-def _count(address):
+def _count(address, steps):
     single_ptr, double_ptr, single = _pointers(address)
-    single_step = tl.load(single_ptr, single, 0.0) + 1
-    double_step = tl.load(double_ptr, single == 0, 0.0) + 1
+    single_step = tl.load(single_ptr, single, 0.0) + steps
+    double_step = tl.load(double_ptr, single == 0, 0.0) + steps
     tl.debug_barrier()  # all lanes have read before one writes
     tl.store(single_ptr, single_step, single)
     tl.store(double_ptr, double_step, single == 0)
     return tl.where(single, single_step.to(tl.float64), double_step)
 
 
-@triton.jit(do_not_specialize=["hypers", "scalars"])
-def multi_tensor_prepare(hypers, scalars, compute: tl.constexpr, HYPERS: tl.constexpr, SCALARS: tl.constexpr):
+@triton.jit(do_not_specialize=["hypers", "scalars", "found_inf"])
+def multi_tensor_prepare(hypers, scalars, found_inf, compute: tl.constexpr, HYPERS: tl.constexpr, SCALARS: tl.constexpr,
+                         SKIPS: tl.constexpr):
     """One program: the step count and the scalars of one row."""
     T: tl.constexpr = scalars.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
@@ -293,7 +298,8 @@ def multi_tensor_prepare(hypers, scalars, compute: tl.constexpr, HYPERS: tl.cons
     addresses = ()
     for i in tl.static_range(HYPERS):
         addresses = addresses + (tl.load(hypers + 1 + i),)
-    step = _count(tl.load(hypers))
+    steps = tl.where(number_at(found_inf) == 0, 1, 0) if SKIPS else 1
+    step = _count(tl.load(hypers), steps)
     h = compute([number_at(address) for address in addresses], step, T)
     for i in tl.static_range(SCALARS):
         tl.store(scalars + i, h[i].to(T))
@@ -326,18 +332,28 @@ def update_launcher(algorithm, used, dtype, state_dtype, device, *beside):
 
 
 @functools.cache
-def prepare_launcher(algorithm, dtype, device):
-    """The Launcher of (hypers, scalars), one program per row, for parameters of this torch dtype; device as above."""
-    return Launcher(*prepare_kernel(algorithm, dtype))
+def prepare_launcher(algorithm, dtype, device, skips=False):
+    """The Launcher of (hypers, scalars, found_inf), one program per row, for params of a torch dtype; else as above."""
+    return Launcher(*prepare_kernel(algorithm, dtype, skips))
 
 
 def update_kernel(
-    algorithm, used, dtype, state_dtype, warp_size, factors=0, average=False, grad_dtype=None, companion=False, draws=0
+    algorithm,
+    used,
+    dtype,
+    state_dtype,
+    warp_size,
+    factors=0,
+    average=False,
+    grad_dtype=None,
+    companion=False,
+    draws=0,
+    skips=False,
 ):
     """What there is to compile: the kernel, arguments like those of a launch, its constants, and warps per program.
 
     A pointer is given by the dtype behind it. The last are FACTORS, AVERAGE, the gradients' dtype where it is not the
-    params', COMPANION and DRAWS.
+    params', COMPANION, DRAWS and SKIPS.
     """
     grad_dtype = dtype if grad_dtype is None else grad_dtype
     module = importlib.import_module(f".{algorithm}", __package__)
@@ -347,16 +363,16 @@ def update_kernel(
     vector = VECTOR_BYTES // max(t.itemsize for t in (dtype, state_dtype, grad_dtype, compute if wide else dtype))
     tail = THREADS  # no fewer, or several threads would do the same element
     constants = (module.update, used, len(module.SLOTS), len(module.SCALARS), _triton(dtype), _triton(state_dtype),
-                 CHUNK, block, vector, tail, EVICTION, factors, average, _triton(grad_dtype), companion, draws)
-    words = (scalars_words(algorithm, dtype) + factors + average) * (AN_INT64,)
+                 CHUNK, block, vector, tail, EVICTION, factors, average, _triton(grad_dtype), companion, draws, skips)
+    words = (scalars_words(algorithm, dtype) + factors + average + skips) * (AN_INT64,)
     return multi_tensor_update, (torch.int64, torch.int64, compute, words), constants, THREADS // warp_size
 
 
-def prepare_kernel(algorithm, dtype):
+def prepare_kernel(algorithm, dtype, skips=False):
     """The same for `prepare`. One warp: everything in it is a single number."""
     module = importlib.import_module(f".{algorithm}", __package__)
-    constants = (module.scalars, len(module.HYPERS), len(module.SCALARS))
-    return multi_tensor_prepare, (torch.int64, compute_dtype(dtype)), constants, 1
+    constants = (module.scalars, len(module.HYPERS), len(module.SCALARS), skips)
+    return multi_tensor_prepare, (torch.int64, compute_dtype(dtype), AN_INT64), constants, 1
 
 
 def table_columns(algorithm, average=False, companion=False, draws=False):

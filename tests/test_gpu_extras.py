@@ -3,6 +3,7 @@
 The norm and, given it, parameters, state and running averages have the bits of the C++ backend.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -390,7 +391,278 @@ def test_a_step_after_one_that_failed(failing, gpu, monkeypatch):
         assert_same_bits([snapshot(optimizer), optimizer.grad_norm], [snapshot(other), other.grad_norm], str(step))
 
 
+# ---- found_inf, read by the update of a capturable step
+
+LOW = {
+    (F32,): {},
+    (F64,): {},
+    (BF16, F32): {"master_weights": True, "state_dtype": F32},
+    (F16,): {"stochastic_rounding": True, "state_dtype": BF16},
+}
+FOUND = [torch.tensor(0.0), torch.tensor(2.0), torch.tensor([0.0]), torch.tensor(math.nan), torch.zeros((), dtype=F64)]
+FOUND += [torch.ones((), dtype=F64), torch.tensor(True), torch.tensor([0.0, 0.5]), torch.tensor(0)]
+
+
+@contextlib.contextmanager
+def nobody_waits(monkeypatch):
+    """For a number on the device."""
+
+    def wait(tensor):
+        raise AssertionError("the host looks at a number on the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+            patch.setattr(torch.Tensor, name, wait)
+        yield
+
+
+@pytest.mark.parametrize("way", [{}, UNSCALE | CLIP | EMA], ids=str)
+@pytest.mark.parametrize("dtypes", LOW, ids=str)
+@capturable_rows
+def test_the_update_reads_found_inf(row, dtypes, way, gpu, monkeypatch):
+    """Of any dtype, whatever is not 0: nothing is touched. The bits are those of the other steps alone."""
+
+    def steps(on_gpu):
+        optimizer = optimizer_of(
+            row, dtypes, **way, **LOW[dtypes], sizes=(1, 33, 300, 5, 2 * CHUNK + 1, 0), capturable=on_gpu
+        )
+        found = []
+        for step, found_inf in enumerate([torch.tensor(0.0), *FOUND]):
+            give_gradients(optimizer, step)
+            if step == 3:
+                for param in params_of(optimizer)[1::3]:
+                    param.grad = None  # of which there are averages
+            optimizer.found_inf = found_inf
+            before = snapshot(optimizer)
+            with nobody_waits(monkeypatch) if on_gpu and step else contextlib.nullcontext():
+                optimizer.step()
+            if found_inf.any():
+                assert_same_bits(snapshot(optimizer), before, f"left out: {found_inf}")
+            found.append(snapshot(optimizer))
+        return found
+
+    actual = steps(on_gpu=True)
+    assert any("multi_tensor_prepare" in name for name in names(gpu))
+    with on_cpu():
+        expected = steps(on_gpu=False)
+    if dtypes == (F64,):  # the powers of beta are not one function everywhere
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-15)
+    else:
+        assert_same_bits(actual, expected, row.name)
+
+
+@capturable_rows
+def test_a_first_step_that_is_left_out_makes_nothing(row, gpu):
+    optimizer = optimizer_of(row, (F32,), **CLIP, **EMA, capturable=True)
+    give_gradients(optimizer, 1)
+    optimizer.found_inf = torch.tensor(2.0)
+    before = snapshot(optimizer)
+    optimizer.step()
+    assert_same_bits(snapshot(optimizer), before, "left out")
+    assert not gpu.launches and not optimizer.state
+
+
+@capturable_rows
+def test_found_inf_where_torch_steps(row, gpu):
+    """The host looks then; torch's step refuses the CPU that is a GPU here."""
+    optimizer = optimizer_of(row, (torch.complex64,), sizes=(3, 5), capturable=True)
+    optimizer.found_inf = torch.tensor(2.0)
+    give_gradients(optimizer, 1)
+    before = snapshot(optimizer)
+    optimizer.step()
+    optimizer.found_inf.zero_()
+    with pytest.raises(AssertionError, match="capturable=True"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before, "left out or refused")
+
+
+@capturable_rows
+def test_found_inf_of_a_step_that_refuses_norms(row, gpu):
+    """It waits for the norm anyway; a step that is left out refuses nothing."""
+    optimizer = optimizer_of(row, (F32,), **CLIP, error_if_nonfinite=True, capturable=True)
+    optimizer.found_inf = torch.tensor(1.0)
+    give_gradients(optimizer, 1)
+    params_of(optimizer)[2].grad.fill_(math.inf)
+    optimizer.step()
+    assert not optimizer.state
+    optimizer.found_inf.zero_()
+    with pytest.raises(RuntimeError, match="is non-finite"):
+        optimizer.step()
+
+
+def test_not_every_group_counts_on_the_gpu(gpu):
+    """The host looks: it has counts of its own."""
+    optimizer = optimizer_of(ADAM, (F32,))
+    optimizer.param_groups[0]["capturable"] = True
+    give_gradients(optimizer, 1)
+    optimizer.step()
+    before, launches = snapshot(optimizer), len(gpu.launches)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert_same_bits(snapshot(optimizer), before, "left out")
+    assert len(gpu.launches) == launches
+
+
+def test_hot_capturable_step_with_all_of_it(idle_gpu, monkeypatch):
+    """Allocates, uploads and compiles nothing, but for the norm; four launches, of which one counts."""
+    optimizer = optimizer_of(ADAM, (F32,), **CLIP, **EMA, capturable=True)
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(0.0), 4.0
+    give_gradients(optimizer, 1)
+    optimizer.step()
+    optimizer.step()
+    (bucket,) = optimizer._fastopt_gpu.buckets.values()
+    made, uploads, counters = [], bucket.uploads, fastopt._C.counters()
+    for name in ("empty", "full"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **options: made.append(a) or make(*a, **options))
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", None)
+    idle_gpu.launches.clear()
+    optimizer.step()
+    assert fastopt._C.counters() == counters and bucket.uploads == uploads and made == [((),)]
+    assert names(idle_gpu) == ["partial_norms", "finish_norm", "multi_tensor_prepare", "multi_tensor_update"]
+
+
+class Scaler(fastopt.GradScaler):
+    """Shows what torch's scaler hands to and gets from the step."""
+
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        self.inverse, self.found = inv_scale, found_inf
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+
+
+@pytest.mark.parametrize("way", [{}, CLIP | EMA], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@capturable_rows
+def test_scaler_of_capturable_steps(row, dtype, way, gpu, monkeypatch):
+    """Searches, unscales, clips and leaves out, and after the first step nobody waits; torch's scale and bits."""
+
+    def steps(scaler, **options):
+        optimizer = optimizer_of(row, (dtype,), **way, **options)
+        found = []
+        for step in range(9):
+            give_gradients(optimizer, step, float(scaler.scale(torch.ones(()))))
+            if step in (0, 3, 4, 7):
+                params_of(optimizer)[1 + step // 2].grad[-1:] = (math.inf, math.nan)[step % 2]
+            before = snapshot(optimizer)
+            hot = step > 1 and isinstance(scaler, fastopt.GradScaler) and options
+            with nobody_waits(monkeypatch) if hot else contextlib.nullcontext():
+                scaler.step(optimizer)
+                scaler.update()
+            if step in (0, 3, 4, 7):
+                assert_same_bits(snapshot(optimizer), before, "left out")
+            elif "max_grad_norm" in way:
+                found.append(optimizer.grad_norm.clone())
+            found += [torch.tensor(scaler.get_scale()), snapshot(optimizer)]
+        return found
+
+    options = {"init_scale": 2.0**10, "growth_factor": 1.7, "backoff_factor": 0.6, "growth_interval": 2}
+    actual = steps(Scaler("cpu", **options), capturable=True)
+    with on_cpu():
+        expected = steps(fastopt.GradScaler("cpu", **options))
+        if not way:
+            assert_same_bits(expected, steps(torch.amp.GradScaler("cpu", **options)), "torch's scaler")
+    if dtype == F64:
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-15)
+    else:
+        assert_same_bits(actual, expected, row.name)
+
+
+def test_scaler_of_capturable_steps_where_torch_steps(gpu):
+    """The host searches; as above, torch's step refuses these. What a user sets by hand is taken, too."""
+    optimizer = optimizer_of(ADAM, (torch.complex64,), sizes=(3, 5), capturable=True)
+    scaler = fastopt.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    refused = pytest.raises(AssertionError, match="capturable")
+    for value, error in ((math.inf, contextlib.nullcontext()), (1.0, refused)):
+        give_gradients(optimizer, 1)
+        params_of(optimizer)[1].grad[2] = value
+        before = snapshot(optimizer)
+        with error:
+            scaler.step(optimizer)
+        assert_same_bits(snapshot(optimizer), before, "left out or refused")
+        scaler.update()
+    assert scaler.get_scale() == 2.0
+    optimizer = optimizer_of(ADAM, (F32,), capturable=True)
+    optimizer.found_inf = torch.tensor(1.0)
+    give_gradients(optimizer, 1)
+    scaler.step(optimizer)
+    assert not optimizer.state
+
+
 # ---- graphs
+
+
+@pytest.mark.parametrize("dtypes", LOW, ids=str)
+@capturable_rows
+def test_graphs_replay_found_inf_and_low_precision(row, dtypes, gpu, monkeypatch):
+    """A scaler's step with all there is: each replay searches, unscales, clips, steps and averages, or does not."""
+
+    def run(use_graph):
+        optimizer = optimizer_of(row, dtypes, **CLIP, **EMA, **LOW[dtypes], sizes=(1, 33, CHUNK + 5), capturable=True)
+        float16_too = lambda optimizer: [param.grad for param in params_of(optimizer)]  # noqa: E731
+        monkeypatch.setattr("fastopt.grad_scaler._gpu_grads", float16_too)  # which scalers refuse, as torch's
+        monkeypatch.setattr(backend, "number_on", lambda device, number: number)  # which copies from cpu to cpu:0
+        scaler = Scaler("cpu", init_scale=2.0**10, growth_interval=2)
+
+        def fill(number):
+            scale = float(scaler.scale(torch.ones(())))
+            generator = torch.Generator().manual_seed(number)
+            for param in params_of(optimizer):
+                value = torch.randn(param.shape, generator=generator).mul_(scale).to(param.dtype)
+                param.grad = value if param.grad is None else param.grad.copy_(value)
+            if number in (1, 4, 5):
+                params_of(optimizer)[2].grad[7] = math.nan
+
+        def update():  # as torch's operations do, which a graph has
+            torch._amp_update_scale_(scaler._scale, scaler._growth_tracker, scaler.found, 2.0, 0.5, 2)
+
+        graph, found = Graph(monkeypatch), []
+        for number in range(8):
+            fill(number)
+            if use_graph and number == 3:
+                monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
+                with graph.capture():
+                    scaler.step(optimizer)
+            if use_graph and number >= 3:
+                scaler.inverse.copy_(scaler._scale.double().reciprocal().float())
+                graph.replay()
+            else:
+                scaler.step(optimizer)
+            update()
+            scaler._per_optimizer_states.clear()
+            found += [float(scaler._scale), snapshot(optimizer), optimizer.grad_norm.clone()]
+        return found
+
+    actual, expected = run(True), run(False)
+    assert actual[::3] == [2.0**10, 2.0**9, 2.0**9, 2.0**10, 2.0**9, 2.0**8, 2.0**8, 2.0**9]
+    assert actual[::3] == expected[::3]
+    assert_same_bits([actual[1::3], actual[2::3]], [expected[1::3], expected[2::3]], row.name)
+
+
+@capturable_rows
+def test_graphs_replay_found_inf_set_by_hand(row, gpu, monkeypatch):
+    """Each replay obeys the number that is there then."""
+    optimizer, other = (optimizer_of(row, (F32,), **CLIP, capturable=True) for _ in range(2))
+    optimizer.found_inf = other.found_inf = found_inf = torch.tensor(0.0)
+    for each in (optimizer, other):
+        give_gradients(each, 0)
+        each.step()
+    monkeypatch.setattr(backend, "number_on", lambda device, number: number)  # which copies from cpu to cpu:0
+    monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
+    graph = Graph(monkeypatch)
+    with graph.capture():
+        optimizer.step()
+    for step, value in enumerate((0.0, 2.0, math.inf, 0.0)):
+        found_inf.fill_(value)
+        before = snapshot(other)
+        for own, its in zip(params_of(optimizer), params_of(other), strict=True):
+            its.grad = torch.randn_like(its)
+            own.grad.copy_(its.grad)
+        graph.replay()
+        other.step()
+        assert_same_bits(snapshot(optimizer), snapshot(other), str(step))
+        if value:
+            assert_same_bits(snapshot(optimizer), before, "left out")
 
 
 @capturable_rows
@@ -458,25 +730,51 @@ def test_a_capture_that_cannot_be_right_is_refused(row, gpu, monkeypatch):
 # ---- what it costs
 
 
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
 @pytest.mark.parametrize(
     "way, expected", [(CLIP, 32), (CLIP | EMA, 40), (UNSCALE | CLIP | EMA, 40), (EMA, 36)], ids=str
 )
-def test_bytes_of_an_element(way, expected, gpu):
-    """Of float32 and Adam, of tensors: 28 for the update, 4 more for a norm, 8 more for an average."""
+def test_bytes_of_an_element(way, expected, found_inf, gpu):
+    """Of float32 and Adam, of tensors: 28 for the update, 4 more for a norm, 8 more for an average.
+
+    found_inf takes none, and leaves the norm alone where it is not 0.
+    """
     options = {name: value for name, value in way.items() if name != "scale"}
-    optimizer = fastopt.Adam([torch.nn.Parameter(torch.zeros(8 * CHUNK))], **options)
+    params = [torch.nn.Parameter(torch.zeros(8 * CHUNK))]
+    optimizer = fastopt.Adam(params, **options, capturable=found_inf is not None)
     if "scale" in way:
         optimizer.grad_scale = torch.tensor(way["scale"])
     gpu.options["counts"] = True
-    for _ in range(2):
+    for number in range(2):
         give_gradients(optimizer, 1)
         gpu.launches.clear()
+        if found_inf is not None:
+            optimizer.found_inf = torch.tensor(found_inf if number else 0.0)
         optimizer.step()
     wide = 0
     for launch in gpu.launches:
         found = accesses(launch.machine.instructions)
         wide += 16 * (found["ld"][16] + found["st"][16])  # all but those of the arrays
-    assert wide == expected * 8 * CHUNK
+    assert wide == (expected * 8 * CHUNK if not found_inf else 4 * 8 * CHUNK * ("max_grad_norm" in way))
+
+
+def test_found_inf_is_one_load_of_a_thread(gpu):
+    """In the update, and in the kernel that counts."""
+    loads = {"multi_tensor_update": [], "multi_tensor_prepare": []}
+    for found_inf in (None, torch.tensor(0.0)):
+        optimizer = fastopt.Adam([torch.nn.Parameter(torch.zeros(8 * CHUNK))], capturable=True)
+        optimizer.found_inf = found_inf
+        give_gradients(optimizer, 1)
+        optimizer.step()
+        gpu.options["counts"] = True
+        optimizer.step()
+        gpu.options["counts"] = False
+        for launch in gpu.launches[-2:]:
+            loads[launch.name].append(accesses(launch.machine.instructions)["ld"].total())
+    without, with_it = loads["multi_tensor_update"]
+    assert 0 < with_it - without <= 8 * 128 * 2
+    without, with_it = loads["multi_tensor_prepare"]
+    assert 0 < with_it - without <= 32 * 2
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
@@ -493,10 +791,11 @@ def test_accesses_are_wide(row, dtype, idle_gpu):
     assert f"ld.global.{wide}" in norm.compiled.asm["ptx"]
 
 
+@pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
 @pytest.mark.parametrize("factors, average, registers", [(1, False, 64), (2, False, 64), (2, True, 80)])
-def test_registers_on_sm_90(factors, average, registers, idle_gpu):
-    """Of float32 Adam. Factors take none; an average leaves room for 768 threads of each multiprocessor."""
-    launcher = multi_tensor.update_launcher("adam", 0b011, F32, F32, 90, factors, average)
+def test_registers_on_sm_90(factors, average, registers, skips, idle_gpu):
+    """Of float32 Adam. Factors and found_inf take none; an average leaves room for 768 threads of a multiprocessor."""
+    launcher = multi_tensor.update_launcher("adam", 0b011, F32, F32, 90, factors, average, None, False, 0, skips)
     code = sass.report(launcher.compiled)
     assert code.registers <= registers and code.spills == 0
 
@@ -505,7 +804,8 @@ def test_registers_on_sm_90(factors, average, registers, idle_gpu):
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 def test_compiles_for_rocm(dtype, target):
     kernels = [
-        multi_tensor.update_kernel("adam", 0b111, dtype, dtype, target.warp_size, 2, True),
+        multi_tensor.update_kernel("adam", 0b111, dtype, dtype, target.warp_size, 2, True, None, False, 0, True),
+        multi_tensor.prepare_kernel("adam", dtype, True),
         passes.norm_kernel(1, dtype, target.warp_size, 8, 3, 1),
     ]
     for kernel in kernels:

@@ -330,8 +330,8 @@ def test_launch_passes_what_it_is_given(hopper):
     hopper.execute = False
     words = (1, 16, -1, 2**63 - 1, -(2**63), 0)
     multi_tensor.update_launcher("adam", 3, F32, F32, device=90).launch(7, 0, 8, 24, 40, words)
-    multi_tensor.prepare_launcher("adam", F32, device=90).launch(3, 0, 8, 24)
-    for launch, grid, numbers in zip(hopper.launches, (7, 3), ((8, 24, 40, *words), (8, 24)), strict=True):
+    multi_tensor.prepare_launcher("adam", F32, device=90).launch(3, 0, 8, 24, 0)
+    for launch, grid, numbers in zip(hopper.launches, (7, 3), ((8, 24, 40, *words), (8, 24, 0)), strict=True):
         assert launch.grid == (grid, 1, 1)
         assert [int.from_bytes(x, "little", signed=True) for x in launch.parameters] == [*numbers, 0, 0]
 
@@ -353,7 +353,7 @@ def test_prepare_computes_the_scalars_of_the_host(hopper, algorithm, dtype):
     hopper.options["ranges"] = [(x.ctypes.data, x.nbytes) for x in (hypers, scalars, *steps, *numbers)]
     launcher = multi_tensor.prepare_launcher(algorithm, dtype, device=90)
     for turn in range(2):
-        launcher.launch(len(rows), 0, hypers.ctypes.data, scalars.ctypes.data)
+        launcher.launch(len(rows), 0, hypers.ctypes.data, scalars.ctypes.data, 0)
         for (t, *_), step, row, got in zip(rows, steps, numbers, scalars, strict=True):
             assert step[0] == t + turn
             named = dict(zip(module.HYPERS, map(float, row), strict=True))

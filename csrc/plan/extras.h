@@ -1,4 +1,4 @@
-// What a step shall do beside torch's: fastopt/extras.py's Extras, as numbers.
+// What a step shall do beside torch's: fastopt/extras.py's Extras, as numbers, but for what kernels on a GPU alone read.
 #pragma once
 #include "plan/tensors.h"
 #include "step/rows.h"
@@ -16,7 +16,7 @@ struct Extras {
   // From the tuple, or null.
   explicit Extras(PyObject* tuple) {
     if (!tuple) return;
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 7) raise(PyExc_TypeError, "step(optimizer, fresh, extras)");
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 9) raise(PyExc_TypeError, "step(optimizer, fresh, extras)");
     auto number = [&](Py_ssize_t at, double& value) {
       PyObject* item = PyTuple_GET_ITEM(tuple, at);
       if (item == Py_None) return false;
