@@ -100,6 +100,7 @@ def update(optimizer: Any, params: list[Tensor], ema_decay: float, found_inf: Te
 
     It is left out where a number on a GPU is not 0.
     """
+    params = list(dict.fromkeys(params))  # one may be listed twice
     averages = [optimizer.state[param][EMA] for param in params]
     values = [_weights(optimizer, param).to(average.dtype) for param, average in zip(params, averages, strict=True)]
     if not averages:

@@ -333,7 +333,7 @@ def _step_with(self: Any, extras: Extras | None) -> None:
     if answer := _C.step(self, None, extras):
         _follow(self, answer, extras)
     if extras is not None and extras.ema_decay is not None:
-        if params := _C.only_averaged(self):
+        if params := _C.take_only_averaged(self):
             averages.update(self, params, extras.ema_decay, extras.found_inf)
         if self._fastopt_options.may_be_open:
             averages.begin_open(self)

@@ -1,9 +1,12 @@
 """What a step does beside torch's: clipping, unscaling and averaging in it are as the functions around it."""
 
 import copy
+import gc
 import inspect
 import math
 import pickle
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -547,3 +550,57 @@ def test_an_average_of_none_is_none_with_and_without_a_gradient():
     assert optimizer.state[params[1]]["ema"] is None  # it is its own average
     with fastopt.swa_utils.averaged_parameters(optimizer):
         assert torch.equal(params[1], own)
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (torch.zeros(3, dtype=torch.int64), "has dtype"),
+        (torch.zeros(3, device="meta"), "is on meta"),
+        (torch.zeros(4), "has shape"),
+        (torch.zeros(1).expand(3), "single memory location"),
+        ("text", "must be a tensor"),
+    ],
+    ids=["dtype", "device", "shape", "overlap", "no tensor"],
+)
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_an_average_that_cannot_be_updated_is_refused(has_gradient, broken, message):
+    """Before anything is written: also that of a parameter which is not stepped."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = fastopt.Adam(params, ema_decay=0.9)
+    give_gradients(params, 0)
+    optimizer.step()
+    if not has_gradient:
+        params[1].grad = None
+    optimizer.state[params[1]]["ema"] = broken
+    before = copy.deepcopy([params[0].detach(), *optimizer.state[params[0]].values()])
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        optimizer.step()
+    assert_same_bits([params[0].detach(), *optimizer.state[params[0]].values()], before)
+
+
+def test_a_parameter_without_gradient_is_averaged_once_however_often_it_is_listed():
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = fastopt.SGD([*params, params[1]], lr=0.1, ema_decay=0.5)
+    give_gradients(params, 0)
+    optimizer.step()
+    before, params[1].grad = optimizer.state[params[1]]["ema"].clone(), None
+    params[1].data.fill_(3)
+    optimizer.step()
+    assert_same_bits(optimizer.state[params[1]]["ema"], torch.lerp(before, params[1].detach(), 0.5))
+
+
+def test_averages_hold_nothing_from_step_to_step():
+    """A parameter that knows its optimizer is freed with it, also where it is averaged without a gradient."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = fastopt.SGD(params, lr=0.1, ema_decay=0.9)
+    give_gradients(params, 0)
+    optimizer.step()
+    params[1].grad, params[1].owner = None, optimizer
+    optimizer.step()
+    alive = weakref.ref(optimizer)
+    del params, optimizer
+    gc.collect()
+    assert alive() is None

@@ -134,7 +134,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("take_back", [](py::object optimizer, size_t image) { plan_in(plan_of(optimizer.ptr())).take_back(image); });
   m.def("norm_of", [](py::object optimizer, const std::vector<size_t>& places) { return plan_in(plan_of(optimizer.ptr())).norm_of(places); });
-  m.def("only_averaged", [](py::object optimizer) { return plan_in(plan_of(optimizer.ptr())).only_averaged(); });
+  m.def("take_only_averaged", [](py::object optimizer) { return plan_in(plan_of(optimizer.ptr())).take_only_averaged(); });
   m.def("grad_norm", [](py::object optimizer) {
     at::Tensor norm = plan_in(plan_of(optimizer.ptr())).grad_norm();
     return norm.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(norm))) : py::none();

@@ -19,44 +19,44 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, con
     ~Call() { plan.alive.clear(), plan.walk.release(), plan.busy = false; }   // what dies may run code that comes back here
   } call(*this);
 
-  const bool again = waiting && extras.norm_known;
-  const bool comparing = kept && !fresh && again == waiting;
-  kept = done = waiting = false;                  // until this step is done
-  bool as_before = false, in_turn = false;
+  // The first half may refuse, and writes nothing.
+  const bool resumes = seen == Seen::step_without_norm && extras.norm_known, compares = !fresh && (resumes || seen == Seen::step);
+  seen = Seen::nothing, done = false;
+  bool unchanged = false, in_turn = false;
   try {
     ask_class(self);
-    as_before = comparing && walk.compare(self, extras.state(), again);
-    if (!as_before) in_turn = check(self, fresh, extras);
-    if (extras.scales() && !walk.gpu.rows.empty() && (!walk.cpu.rows.empty() || walk.any_dtensor))
-      throw Outside{"a norm of gradients on CPU and GPU, or of DTensors on a GPU"};
-    if (extras.clips && walk.has_f64 && walk.has_small_scalars) throw Outside{"a gradient without dimensions and a norm of another dtype"};
-    if (extras.averages) walk.check_averages();
-    if (extras.on_gpu && !walk.cpu.rows.empty()) throw Outside{"a scale or a norm on a GPU, of gradients that are not"};
+    unchanged = compares && walk.compare(self, extras.state(), resumes);
+    if (!unchanged) in_turn = check(self, fresh, extras);
+    check_extras(extras);
   } catch (const Outside& outside) {
     return answers.left_to_torch({PyUnicode_FromString(outside.reason)});
   }
   if (walk.missing) return answers.missing({Py_NewRef(walk.missing)});
-  const bool fit = as_before && walk.images.fit();
-  if (!walk.gpu.rows.empty() && !fit) {
+  const bool on_gpu = !walk.gpu.rows.empty(), images_fit = unchanged && walk.images.fit();
+  if (on_gpu && !images_fit) {
     walk.images.lay_out(walk.gpu.rows, walk.gpu.placed);
     if (py::object wanted = wants(answers)) return wanted;
   }
-  Stages stages = factors(extras);
-  if (!extras.clips || !walk.gpu.rows.empty()) norm = {};   // on a GPU it is fastopt/gpu.py's
-  if (extras.clips && walk.gpu.rows.empty()) {
+  const bool comparable = walk.comparable && !in_turn;
+  Stages stages = stages_of(extras);
+  if (!extras.clips || on_gpu) norm = {};         // on a GPU it is fastopt/gpu.py's
+  if (extras.clips && !on_gpu) {
     if (!extras.norm_known) read_gradients(stages);
     if (!extras.norm_known && walk.any_dtensor) {
-      kept = walk.comparable && !in_turn, waiting = true;
+      if (comparable) seen = Seen::step_without_norm;
       return shards(answers);
     }
     clip(extras, stages);
   }
-  if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();   // from here on, it is written
+
+  // The second half writes.
+  if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();
   walk.bump_dtensors();
-  if (!walk.gpu.rows.empty()) fill_images(fit), count_steps(walk.gpu, as_before);   // first: rows of the CPU may run without the GIL
-  if (!walk.cpu.rows.empty()) count_steps(walk.cpu, as_before), run_rows(in_turn, stages);
-  kept = walk.comparable && !in_turn, done = true;
-  return walk.gpu.rows.empty() ? py::reinterpret_borrow<py::object>(answers.DONE) : launches(extras, answers);
+  if (on_gpu) fill_images(images_fit), count_steps(walk.gpu, unchanged);   // first: rows of the CPU may run without the GIL
+  if (!walk.cpu.rows.empty()) count_steps(walk.cpu, unchanged), run_rows(in_turn, stages);
+  if (comparable) seen = Seen::step;
+  done = true;
+  return on_gpu ? launches(extras, answers) : py::reinterpret_borrow<py::object>(answers.DONE);
 }
 
 // A class that replaces a part of torch's step, or adds to it, is not for this library.
@@ -88,8 +88,16 @@ bool Plan::check(PyObject* self, PyObject* fresh, const Extras& extras) {
   return in_turn;
 }
 
+void Plan::check_extras(const Extras& extras) {
+  if (extras.scales() && !walk.gpu.rows.empty() && (!walk.cpu.rows.empty() || walk.any_dtensor))
+    throw Outside{"a norm of gradients on CPU and GPU, or of DTensors on a GPU"};
+  if (extras.clips && walk.has_f64 && walk.has_small_scalars) throw Outside{"a gradient without dimensions and a norm of another dtype"};
+  if (extras.on_gpu && !walk.cpu.rows.empty()) throw Outside{"a scale or a norm on a GPU, of gradients that are not"};
+  if (extras.averages) walk.check_averages();
+}
+
 // What there is to do beside the update; clipping is added where the norm is known.
-Stages Plan::factors(const Extras& extras) const {
+Stages Plan::stages_of(const Extras& extras) const {
   Stages stages;
   stages.averages = extras.averages, stages.average_weight = 1 - extras.ema_decay, stages.draws = extras.draws;
   if (extras.unscales) stages.factor[stages.factors++] = extras.inverse_scale;
@@ -104,11 +112,11 @@ void Plan::read_gradients(const Stages& stages) {
   size_t count = 0;
   for (const Row& row : rows) firsts.push_back(count), count += size_t(tiles_of(row));
   tiles.resize(count);
-  if (count) share_reading(*isa, fastopt::Norm::squares, rows.data(), ends.data(), firsts.data(), rows.size(), tiles.data(), stages);
+  if (count) share_reading(*isa, Norm::squares, rows.data(), ends.data(), firsts.data(), rows.size(), tiles.data(), stages);
 }
 
 void Plan::clip(const Extras& extras, Stages& stages) {
-  double value = extras.norm_known ? extras.norm : total(fastopt::Norm::squares, tiles);
+  double value = extras.norm_known ? extras.norm : total(Norm::squares, tiles);
   bool f64 = false;
   for (const Row& row : walk.cpu.rows) f64 |= row.dtype[1] == DType::f64;
   if (!f64) value = float(value);
@@ -139,11 +147,11 @@ double Plan::norm_of(const std::vector<size_t>& places) const {
 
 // A parameter listed twice is stepped twice: its second row is one step further.
 void Plan::count_repeated_steps() {
-  std::unordered_map<TensorImpl*, int> seen;
+  std::unordered_map<TensorImpl*, int> earlier;
   for (size_t r = 0; r < walk.cpu.rows.size(); r++) {
     Written& w = walk.cpu.written[r];
     Placed& place = walk.cpu.placed[r];
-    const int before = seen[w.param]++;
+    const int before = earlier[w.param]++;
     for (int i = 0; i < before; i++) w.t = w.count_f64 ? w.t + 1 : float(w.t) + 1.0f;
     if (!before) continue;
     walk.cpu.rows[r].draws.step = uint64_t(w.t);
@@ -168,7 +176,7 @@ void Plan::point_rows() {
 // Stores the step counts, and tells autograd that the tensors change. Backwards: what was read last is still in the caches, and what is
 // read first at the next step will be. Of a parameter listed twice, the later row has the higher count. Where parameters have a count in
 // common, each row stores the same.
-void Plan::count_steps(const Batch& batch, bool as_before) {
+void Plan::count_steps(const Batch& batch, bool unchanged) {
   auto raise_to = [](auto* count, double t) { if (*count < t) *count = std::remove_reference_t<decltype(*count)>(t); };
   auto count = [&](size_t begin, size_t end) {
     for (size_t r = end; r-- > begin;) {
@@ -181,7 +189,7 @@ void Plan::count_steps(const Batch& batch, bool as_before) {
       w.step->bump_version();
     }
   };
-  if (as_before) share_params(walk.work, batch.written.size(), count);
+  if (unchanged) share_params(walk.work, batch.written.size(), count);
   else count(0, batch.written.size());
 }
 
@@ -203,10 +211,10 @@ void Plan::run_rows(bool in_turn, const Stages& stages) {
 
 // ---- the GPU
 
-// Brings the images up to date, and holds the step counts; `fit`: their arrays are those of the step before.
-void Plan::fill_images(bool fit) {
+// Brings the images up to date, and holds the step counts; `images_fit`: their arrays are those of the step before.
+void Plan::fill_images(bool images_fit) {
   Batch& gpu = walk.gpu;
-  if (fit) walk.images.refresh(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers(), walk.moved || walk.regrouped);
+  if (images_fit) walk.images.refresh(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers(), walk.moved || walk.regrouped);
   else walk.images.fill(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers());
   counted.clear();
   for (const Written& w : gpu.written)

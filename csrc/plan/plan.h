@@ -17,8 +17,11 @@ class Plan {
   at::Tensor grad_norm() const { return norm.known ? scalar_tensor(norm.value, norm.f64) : at::Tensor(); }
   // After an answer Shards: the norm of the gradients that are here of some of its parameters, which `places` names.
   double norm_of(const std::vector<size_t>& places) const;
-  // The parameters that the last step did not step, since they have no gradient, but which have an average.
-  py::object only_averaged() const { return py::reinterpret_borrow<py::object>(done && walk.only_averaged ? walk.only_averaged.ptr() : Py_None); }
+  // The parameters that the last step did not step, since they have no gradient, but which have an average: for once, or None.
+  py::object take_only_averaged() {
+    const py::object list = std::exchange(walk.only_averaged, {});
+    return done && list ? list : py::none();
+  }
   // A buffer on the device was made for an image.
   void set_buffer(size_t image, int64_t words, int64_t address) { walk.images.at(image).set_buffer(words, address); }
   // The launch of an image failed: its step counts are what they were.
@@ -27,15 +30,16 @@ class Plan {
  private:
   void ask_class(PyObject* self);
   bool check(PyObject* self, PyObject* fresh, const Extras& extras);
-  Stages factors(const Extras& extras) const;
+  void check_extras(const Extras& extras);
+  Stages stages_of(const Extras& extras) const;
   void read_gradients(const Stages& stages);
   void clip(const Extras& extras, Stages& stages);
   py::object shards(const Answers& answers) const;
   void count_repeated_steps();
-  void count_steps(const Batch& batch, bool as_before);
+  void count_steps(const Batch& batch, bool unchanged);
   void point_rows();
   void run_rows(bool in_turn, const Stages& stages);
-  void fill_images(bool fit);
+  void fill_images(bool images_fit);
   py::object wants(const Answers& answers);
   py::object launches(const Extras& extras, const Answers& answers);
 
@@ -48,9 +52,9 @@ class Plan {
   bool busy = false;                              // a step is under way, perhaps without the GIL
   bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
   bool done = false;                              // whether the last step was
-  bool kept = false;                              // whether what the walk saw is there to be compared
-  bool waiting = false;                           // for the norm of all processes: the last answer was Shards
-  struct Norm {
+  // What the walk has to compare the next step with; a step without norm is one that answered Shards.
+  enum class Seen { nothing, step, step_without_norm } seen = Seen::nothing;
+  struct GradNorm {
     bool known = false, f64;
     double value;
   } norm;

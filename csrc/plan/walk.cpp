@@ -37,7 +37,7 @@ void Walk::refuse_shared_state() {
     if (owners[i].first == owners[i - 1].first && owners[i].second != owners[i - 1].second) throw Outside{"parameters share one state"};
 }
 
-bool Walk::compare(PyObject* self, unsigned extra_state, bool again) {
+bool Walk::compare(PyObject* self, unsigned extra_state, bool resumes) {
   if (seen_gpu_type != gpu_type || extra != extra_state) return false;
   refuse_modes();
   const py::object groups_object = attribute(self, names::param_groups), state_object = attribute(self, names::state);
@@ -46,21 +46,21 @@ bool Walk::compare(PyObject* self, unsigned extra_state, bool again) {
   if (state_object.ptr() != state || !is_dict(state) || !has_version(state, state_version)) return false;
   states_changed = !state_changes_seen || state_changes_seen != state_changes();
   state_changes_seen = state_changes();
-  const bool regrouped_before = again && regrouped;
-  if (!again) moved = false;
+  const bool regrouped_before = resumes && regrouped;
+  if (!resumes) moved = false;
   regrouped = false;
   for (size_t g = 0; g < seen_groups.size(); g++)
     if (!compare_group(PyList_GET_ITEM(param_groups, Py_ssize_t(g)), seen_groups[g])) return false;
-  if (again && regrouped) return false;           // the scalars are of other numbers
+  if (resumes && regrouped) return false;           // the scalars are of other numbers
   regrouped |= regrouped_before;
   std::atomic<bool> same{true};
   auto compare_share = [&](size_t begin, size_t end) {
-    if (!compare_params(begin, end, again ? 0 : 1)) same = false;
+    if (!compare_params(begin, end, resumes ? 0 : 1)) same = false;
   };
   if (specs.empty()) share_params(work, seen.size(), compare_share);
   else compare_share(0, seen.size());             // a gradient's Python object is asked for with the GIL
   if (!same || (moved && extents.overlap())) return false;
-  if (!again) options.advance();
+  if (!resumes) options.advance();
   return true;
 }
 

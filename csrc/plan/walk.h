@@ -44,8 +44,8 @@ class Walk {
   // that it takes beside the algorithm's slots, Extras::state(). Raises, or throws Outside.
   void check(PyObject* self, PyObject* fresh, unsigned extra, bool gpu_allowed);
   // Whether everything is as `check` saw it, but for numbers and addresses, which are brought up to date. Once it has the
-  // containers it runs no code of the user's, so what dicts hold stays alive. `again`: in the same step, of which nothing is written yet.
-  bool compare(PyObject* self, unsigned extra, bool again);
+  // containers it runs no code of the user's, so what dicts hold stays alive. `resumes`: in the same step, of which nothing is written yet.
+  bool compare(PyObject* self, unsigned extra, bool resumes);
   // What must not outlive the call.
   void release();
   // Tells autograd that DTensors change, of which the rows have the local tensors.

@@ -267,9 +267,17 @@ void Walk::check_averages() {
       const py::object average = entry && is_dict(entry) ? item_of(entry, names::ema) : py::object();
       if (PyErr_Occurred()) throw python_error();
       if (!average || average.is_none()) continue;   // none has begun
+      const Where where = {g, i};
+      const TensorImpl* param = impl_of(own.object);
       TensorImpl* tensor = tensor_or_null(average.ptr());
-      if (!tensor) refuse_object(average.ptr(), "ema", {g, i});
-      check_shape(tensor, impl_of(own.object), "ema", {g, i});
+      if (!tensor) refuse_object(average.ptr(), "ema", where);
+      check_shape(tensor, param, "ema", where);
+      if (tensor->device() != param->device())
+        raise(PyExc_RuntimeError, c10::str("state['ema'] of ", where, " is on ", tensor->device(), ", the parameter on ", param->device()));
+      const auto dtype = tensor->dtype().toScalarType();
+      if (!c10::isFloatingType(dtype) && dtype != param->dtype().toScalarType())
+        raise(PyExc_RuntimeError, c10::str("state['ema'] of ", where, " has dtype ", dtype_text(tensor), ", which holds no average"));
+      check_written(tensor, "state['ema']", where);
       if (!only_averaged) only_averaged = py::list();
       py::reinterpret_borrow<py::list>(only_averaged).append(py::handle(own.object));
     }
