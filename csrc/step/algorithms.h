@@ -230,7 +230,7 @@ using Algorithms = std::tuple<SGD, Adagrad, RMSprop, Adam>;
 template <class... Of> constexpr bool begin_with_sign(std::tuple<Of...>*) {
   return (!(offsetof(typename Of::template Scalars<float>, sign) || offsetof(typename Of::template Scalars<double>, sign)) && ...);
 }
-static_assert(begin_with_sign(static_cast<Algorithms*>(nullptr)), "apply.h looks for the sign there");
+static_assert(begin_with_sign(static_cast<Algorithms*>(nullptr)), "factors.h looks for the sign there");
 
 }  // namespace
 }  // namespace fastopt

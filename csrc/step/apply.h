@@ -1,235 +1,17 @@
-// The machinery of the CPU step, compiled once per ISA: an update over the elements of a row, whatever their dtypes and strides.
+// The machinery of the CPU step, compiled once per ISA: an update over the elements of a row, with what a step does beside it.
 //
 // Where all operands walk memory in one order and are of dtypes in a usual combination, the update runs on memory itself. Else it runs
 // on blocks in the L1 cache: operands are loaded (widened, gathered), updated, and param and state stored (rounded, scattered). What a
 // step does beside the update (Stages in rows.h) is done to a block as well, before and after it.
 // Everything has internal linkage: code for one ISA must never be shared with another.
 #pragma once
-#include <cstring>
 #include <optional>
-#include <type_traits>
-#include <utility>
 
 #include "companions.h"
-#include "isa.h"
-#include "passes.h"
-#include "round.h"
-#if defined(FASTOPT_VECTOR_BYTES)
-#include "simd.h"
-#endif
+#include "factors.h"
 
 namespace fastopt {
 namespace {
-
-constexpr int64_t block = 512;
-
-template <class Algorithm> constexpr bool reads_grad = !std::is_base_of_v<NoGrad, Algorithm>;
-
-// ---- load and store of n elements, stride apart
-
-template <class T, class S> inline void load(T* __restrict to, const S* __restrict from, int64_t n, int64_t stride) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < n; i++) to[i] = T(widen(from[i]));
-  } else {
-    for (int64_t i = 0; i < n; i++) to[i] = T(widen(from[i * stride]));
-  }
-}
-template <class T, class S> inline void store(const T* __restrict from, S* __restrict to, int64_t n, int64_t stride) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < n; i++) narrow(from[i], to[i]);
-  } else {
-    for (int64_t i = 0; i < n; i++) narrow(from[i], to[i * stride]);
-  }
-}
-#if defined(FASTOPT_VECTOR_BYTES)
-template <> inline void load(float* __restrict to, const float16* __restrict from, int64_t n, int64_t stride) {
-  int64_t i = 0;
-  for (; stride == 1 && i + lanes <= n; i += lanes) write(from_half(read<Halves>(from + i)), to + i);
-  for (; i < n; i++) to[i] = widen(from[i * stride]);
-}
-template <> inline void store(const float* __restrict from, float16* __restrict to, int64_t n, int64_t stride) {
-  int64_t i = 0;
-  for (; stride == 1 && i + lanes <= n; i += lanes) write(to_half(read<Vector>(from + i)), to + i);
-  for (; i < n; i++) narrow(from[i], to[i * stride]);
-}
-#endif
-
-// Calls f(memory, position in the block, n, stride) for the runs of elements [begin, begin + n) of an operand.
-template <class S, class F>
-inline void for_runs(S* data, const Layout* layout, int operand, int64_t begin, int64_t n, F f) {
-  if (!layout) return f(data + begin, 0, n, 1);
-  const int64_t *sizes = layout->sizes, *strides = layout->strides[operand];
-  const int inner = layout->ndim - 1;
-  for (int64_t done = 0; done < n;) {
-    int64_t rest = begin + done, offset = 0, first = rest % sizes[inner];
-    rest /= sizes[inner];
-    for (int d = inner - 1; d >= 0; rest /= sizes[d--]) offset += rest % sizes[d] * strides[d];
-    int64_t run = sizes[inner] - first < n - done ? sizes[inner] - first : n - done;
-    f(data + offset + first * strides[inner], done, run, strides[inner]);
-    done += run;
-  }
-}
-
-template <class T> constexpr DType held_as = DType::f32;
-template <> constexpr DType held_as<double> = DType::f64;
-template <> constexpr DType held_as<bfloat16> = DType::bf16;
-template <> constexpr DType held_as<float16> = DType::f16;
-template <class F> inline void with_type(DType dtype, void* data, F f) {
-  switch (dtype) {
-    case DType::f32: return f(static_cast<float*>(data));
-    case DType::f64: return f(static_cast<double*>(data));
-    case DType::bf16: return f(static_cast<bfloat16*>(data));
-    case DType::f16: return f(static_cast<float16*>(data));
-  }
-}
-
-// ---- an update over n elements: param and grad of type P, state of type S, arithmetic in T
-//
-// Beside a bf16 parameter may lie B: its remainders, int16_t, or random bits for its rounding, const uint16_t; else B is void.
-
-constexpr int updated = 2 + max_slots;            // operands of an update: param, grad, slots; behind them what lies beside the parameter
-
-template <class B> constexpr bool is_remainder = std::is_same_v<B, int16_t>;
-template <class T, class P, class B> inline T load_param(const P* param, const B* beside, int64_t i) {
-  if constexpr (is_remainder<B>) return join(param[i], beside[i]);
-  else return widen(param[i]);
-}
-template <class T, class P, class B> inline void store_param(T value, P* param, B* beside, int64_t i) {
-  if constexpr (is_remainder<B>) part(value, param[i], beside[i]);
-  else if constexpr (!std::is_void_v<B>) narrow_stochastically(value, beside[i], param[i]);
-  else narrow(value, param[i]);
-}
-
-#if defined(FASTOPT_VECTOR_BYTES)
-// bf16 is split where all operands are. What is NaN there was read from bf16 or made by the processor, or is a scalar: see below.
-template <class P, class S> constexpr bool split = std::is_same_v<P, bfloat16> && std::is_same_v<S, bfloat16>;
-
-// The processor fetches ahead by itself, but not into the next page, and an update is so long that it sees the next loads late.
-constexpr int64_t ahead = 2048;  // bytes
-template <class S> inline void fetch_ahead(const S* from) {
-  for (size_t at = 0; at < 2 * lanes * sizeof(S); at += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead + at);
-}
-
-// Element i and those after it that fill a pair of vectors.
-template <class Algorithm, unsigned used, class P, class S, class B, class H>
-inline void update_pair(P* param, const P* grad, S* const* slots, [[maybe_unused]] B* beside, int64_t i, const H& h) {
-  Floats p[2], g[2], state[2][max_slots];
-  if constexpr (is_remainder<B>) load<split<P, S>>(p[0], p[1], param + i, beside + i);
-  else load<split<P, S>>(p[0], p[1], param + i);
-  if constexpr (reads_grad<Algorithm>) load<split<P, S>>(g[0], g[1], grad + i);
-  for (int k = 0; k < max_slots; k++)
-    if (used >> k & 1) load<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
-  for (int half : {0, 1}) Algorithm::template update<used>(p[half], g[half], state[half], h);
-  if constexpr (std::is_void_v<B>) store<split<P, S>>(p[0], p[1], param + i);
-  else store<split<P, S>>(p[0], p[1], param + i, beside + i);
-  for (int k = 0; k < max_slots; k++)
-    if (used >> k & 1) store<split<P, S>>(state[0][k], state[1][k], slots[k] + i);
-}
-
-// As many of n elements as fill pairs; returns their number. In memory `rest` elements, n or more, are to be updated.
-template <class Algorithm, unsigned used, class P, class S, class B, class H>
-inline int64_t update_pairs(P* param, const P* grad, S* const* slots, B* beside, int64_t n, int64_t rest, H h) {
-  if constexpr (split<P, S>)  // no NaN with bits that rounding could carry over
-    for (float& number : reinterpret_cast<float(&)[sizeof h / sizeof(float)]>(h)) number = number == number ? number : NAN;
-  int64_t i = 0;
-  for (; i + 2 * lanes <= n; i += 2 * lanes) {
-    if (i + ahead / int64_t(sizeof(P)) < rest) {
-      fetch_ahead(param + i);
-      if constexpr (reads_grad<Algorithm>) fetch_ahead(grad + i);
-      for (int k = 0; k < max_slots; k++)
-        if (used >> k & 1) fetch_ahead(slots[k] + i);
-      if constexpr (is_remainder<B>) fetch_ahead(beside + i);
-    }
-    update_pair<Algorithm, used>(param, grad, slots, beside, i, h);
-  }
-  return i;
-}
-#endif
-
-template <class Algorithm, unsigned used, class T, class P, class S, class B = void>
-void update(void* const* data, int64_t n, [[maybe_unused]] int64_t rest, const void* scalars) {
-  const auto h = *static_cast<const typename Algorithm::template Scalars<T>*>(scalars);
-  P* __restrict param = static_cast<P*>(data[0]);
-  const P* __restrict grad = static_cast<const P*>(data[1]);
-  S* __restrict slot0 = static_cast<S*>(data[2]);
-  S* __restrict slot1 = static_cast<S*>(data[3]);
-  S* __restrict slot2 = static_cast<S*>(data[4]);
-  B* __restrict beside = nullptr;
-  if constexpr (!std::is_void_v<B>) beside = static_cast<B*>(data[updated]);
-  int64_t i = 0;
-#if defined(FASTOPT_VECTOR_BYTES)
-  S* const slots[] = {slot0, slot1, slot2};
-  if constexpr (std::is_same_v<T, float>) i = update_pairs<Algorithm, used>(param, grad, slots, beside, n, rest, h);
-#endif
-  for (; i < n; i++) {
-    T p = load_param<T>(param, beside, i), g = {}, state[max_slots] = {};
-    if constexpr (reads_grad<Algorithm>) g = widen(grad[i]);
-    if constexpr (used & 1) state[0] = widen(slot0[i]);
-    if constexpr (used & 2) state[1] = widen(slot1[i]);
-    if constexpr (used & 4) state[2] = widen(slot2[i]);
-    Algorithm::template update<used>(p, g, state, h);
-    store_param(p, param, beside, i);
-    if constexpr (used & 1) narrow(state[0], slot0[i]);
-    if constexpr (used & 2) narrow(state[1], slot1[i]);
-    if constexpr (used & 4) narrow(state[2], slot2[i]);
-  }
-}
-
-using Update = void (*)(void* const* data, int64_t n, int64_t rest, const void* scalars);
-struct Updates { Update of[1 << max_slots]; };  // by mask of used slots
-
-// Whether the options of an algorithm can call for these slots; a pass has none.
-template <class Algorithm, class... Of> constexpr bool can_use(unsigned used, std::tuple<Of...>*) {
-  if constexpr ((std::is_same_v<Algorithm, Of> || ...)) return used == 0;
-  else return (used >> sizeof(Algorithm::slots) / sizeof(char*)) == 0 && (used & Algorithm::required) == Algorithm::required;
-}
-template <class Algorithm, unsigned used, class... Types> constexpr Update update_or_null() {
-  if constexpr (can_use<Algorithm>(used, static_cast<Passes*>(nullptr))) return &update<Algorithm, used, Types...>;
-  else return nullptr;
-}
-template <class Algorithm, class... Types, unsigned... used>
-constexpr Updates updates_of(std::integer_sequence<unsigned, used...>) {
-  return {{update_or_null<Algorithm, used, Types...>()...}};
-}
-template <class T, class P, class S, class B, class... Algorithm>
-Update find_update(const Row& row, std::tuple<Algorithm...>*) {
-  static constexpr Updates updates[] = {updates_of<Algorithm, T, P, S, B>(std::make_integer_sequence<unsigned, 1 << max_slots>())...};
-  return updates[row.algorithm].of[row.used];
-}
-template <class T, class P, class S> Update find_update(const Row& row) {
-  return find_update<T, P, S, void>(row, static_cast<decltype(std::tuple_cat(Algorithms(), Passes()))*>(nullptr));
-}
-template <class T, class P, class S, class B> Update find_update(const Row& row) {   // for no pass
-  return find_update<T, P, S, B>(row, static_cast<Algorithms*>(nullptr));
-}
-
-// ---- gradients multiplied
-
-template <class T, class P> inline void scale(const P* __restrict from, P* __restrict to, int64_t n, [[maybe_unused]] int64_t rest, T factor) {
-  int64_t i = 0;
-#if defined(FASTOPT_VECTOR_BYTES)
-  if constexpr (std::is_same_v<T, float>) {
-    if (factor != factor) factor = NAN;           // no bits that rounding could carry over
-    for (; i + 2 * lanes <= n; i += 2 * lanes) {
-      if (i + ahead / int64_t(sizeof(P)) < rest) fetch_ahead(from + i);
-      Floats a, b;
-      load<split<P, P>>(a, b, from + i);
-      store<split<P, P>>(a * Floats(factor), b * Floats(factor), to + i);
-    }
-  }
-#endif
-  for (; i < n; i++) narrow(T(widen(from[i])) * factor, to[i]);
-}
-
-// n elements of a block, after all factors.
-template <class P> inline void scale_all(const P* from, P* to, int64_t n, int64_t rest, const Stages& stages) {
-  using T = std::conditional_t<std::is_same_v<P, double>, double, float>;
-  alignas(64) P once[block];
-  scale(from, stages.factors == 1 ? to : once, n, rest, T(stages.factor[0]));
-  if (stages.factors == 2) scale(once, to, n, n, T(stages.factor[1]));
-}
-
-// ---- elements [begin, end) of a row
 
 constexpr int companion = 2 + companion_slot;
 
@@ -272,28 +54,6 @@ void apply_directly(Update update, const Row& row, int64_t at, int64_t n, int64_
   update(data, n, rest, row.scalars);
 }
 
-// Elements [at, at + n) of an operand, one after the other: where they lie, or in a block.
-template <class S> S* in_order(const Row& row, int k, int64_t at, S* block) { return row.layout ? block : static_cast<S*>(row.data[k]) + at; }
-template <class S> void gather(const Row& row, int k, int64_t at, int64_t n, S* to) {
-  if (!row.layout) return;
-  for_runs(static_cast<const S*>(row.data[k]), row.layout, k, at, n, [&](const S* from, int64_t i, int64_t run, int64_t stride) {
-    for (int64_t j = 0; j < run; j++) to[i + j] = from[j * stride];
-  });
-}
-template <class S> void scatter(const S* from, const Row& row, int k, int64_t at, int64_t n) {
-  if (!row.layout) return;
-  for_runs(static_cast<S*>(row.data[k]), row.layout, k, at, n, [&](S* to, int64_t i, int64_t run, int64_t stride) {
-    for (int64_t j = 0; j < run; j++) to[j * stride] = from[i + j];
-  });
-}
-
-// n elements of the gradient, at most a block, after all factors and in its own dtype; in memory `rest` elements, n or more, are to be read.
-template <class S> void scale_gradient(const Row& row, int64_t at, int64_t n, int64_t rest, const Stages& stages, S* to) {
-  alignas(64) S gathered[block];
-  gather(row, 1, at, n, gathered);
-  scale_all(in_order(row, 1, at, gathered), to, n, row.layout ? n : rest, stages);
-}
-
 // The masters of a parameter S with companion C.
 template <class S, class C> void load_masters(const Row& row, int64_t at, int64_t n, float* to) {
   alignas(64) S numbers[block];
@@ -322,17 +82,6 @@ template <class S> void store_stochastically(const float* from, const Row& row, 
   Randoms(row.draws.seed, row.draws.step, row.draws.position).draw(at, n, randoms);
   store_stochastically(from, in_order(row, 0, at, numbers), randoms, n);
   scatter(numbers, row, 0, at, n);
-}
-
-template <class T> void load_operand(const Row& row, int k, int64_t at, int64_t n, T* to) {
-  with_type(row.dtype[k], row.data[k], [&](auto* memory) {
-    for_runs(memory, row.layout, k, at, n, [&](auto* from, int64_t i, int64_t run, int64_t stride) { load(to + i, from, run, stride); });
-  });
-}
-template <class T> void store_operand(const T* from, const Row& row, int k, int64_t at, int64_t n) {
-  with_type(row.dtype[k], row.data[k], [&](auto* memory) {
-    for_runs(memory, row.layout, k, at, n, [&](auto* to, int64_t i, int64_t run, int64_t stride) { store(from + i, to, run, stride); });
-  });
 }
 
 // The running average of n masters, at most a block.
@@ -394,34 +143,6 @@ template <class T> void apply_in_blocks(const Row& row, const Stages& stages, in
 
 void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end);
 
-// A row whose gradient's last factor is part of the sign, with which its scalars begin: for a gradient in the compute type, where an
-// update multiplies by it anyway, and where a product with 1 or -1 rounds nothing.
-class FactorInSign {
- public:
-  FactorInSign(const Row& of, const Stages& all) : row(of), stages(all) {
-    std::memcpy(&scalars, of.scalars, sizeof scalars);
-    const double factor = stages.factor[--stages.factors];
-    if (computes_in_f64(row.dtype[0])) multiply<double>(factor);
-    else multiply<float>(factor);
-    row.scalars = &scalars;
-  }
-  static bool fits(const Row& row, const Stages& stages) {
-    return stages.factors && row.data[1] && row.dtype[1] == (computes_in_f64(row.dtype[0]) ? DType::f64 : DType::f32);
-  }
-
-  Row row;
-  Stages stages;
-
- private:
-  template <class T> void multiply(double factor) {
-    T sign;
-    std::memcpy(&sign, &scalars, sizeof sign);
-    sign *= T(factor);
-    std::memcpy(&scalars, &sign, sizeof sign);
-  }
-  AnyScalars scalars;
-};
-
 // The parameter's running average, as a row of the pass that makes it.
 class AverageRow {
  public:
@@ -481,5 +202,3 @@ void apply(const Row& row, const Stages& stages, int64_t begin, int64_t end) {
 
 }  // namespace
 }  // namespace fastopt
-
-#include "reduce.h"

@@ -1,5 +1,6 @@
 // The machinery for every processor of an architecture (x86-64: SSE2; AArch64: NEON), and the list of all instances.
 #include "apply.h"
+#include "reduce.h"
 
 namespace fastopt {
 

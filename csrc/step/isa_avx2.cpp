@@ -18,6 +18,7 @@
 #endif
 #define FASTOPT_VECTOR_BYTES 32
 #include "apply.h"
+#include "reduce.h"
 
 namespace fastopt {
 void apply_avx2(const Row& row, const Stages& stages, int64_t begin, int64_t end) { apply(row, stages, begin, end); }

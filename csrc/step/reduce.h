@@ -1,8 +1,9 @@
 // Reading passes: one number of each tile of a gradient, after its factors (Stages in rows.h). Compiled once per ISA.
 //
 // Magnitudes are taken and squares made in fp64, exactly for all dtypes but fp64. Element i of a tile goes to lane i % 32, and lanes are
-// added in pairs, whatever the instruction set: the same bits everywhere. Included by apply.h, whose loads it uses.
+// added in pairs, whatever the instruction set: the same bits everywhere.
 #pragma once
+#include "factors.h"
 
 namespace fastopt {
 namespace {
