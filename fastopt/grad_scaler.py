@@ -11,6 +11,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from .averages import all_params
 from .backends import _C, count_left_to_torch
+from .clip_dtensors import any_dtensor
 from .extras import Options, counts_on_gpu
 from .optimizer import FusedStep, is_ours
 
@@ -103,10 +104,11 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def _gpu_grads(optimizer: Optimizer) -> list[Tensor]:
-    """All gradients, if they are on GPUs and of dtypes that a scaler unscales; else none."""
-    grads = [param.grad for param in all_params(optimizer) if param.grad is not None]
+    """All gradients, if they are on GPUs, of this process alone and of dtypes that a scaler unscales; else none."""
+    params = all_params(optimizer)
+    grads = [param.grad for param in params if param.grad is not None]
     ours = all(grad.device.type == _C.gpu_type() and grad.dtype != torch.float16 for grad in grads)
-    return grads if ours else []
+    return grads if ours and not any_dtensor(params) else []
 
 
 def _can_search(optimizer: Any, grads: list[Tensor]) -> bool:

@@ -27,8 +27,7 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, con
     ask_class(self);
     as_before = comparing && walk.compare(self, extras.state(), again);
     if (!as_before) in_turn = check(self, fresh, extras);
-    if (extras.scales() && !walk.gpu.rows.empty() && (!walk.cpu.rows.empty() || walk.any_dtensor))
-      throw Outside{"a norm of gradients on CPU and GPU, or of DTensors on a GPU"};
+    if (extras.scales() && !walk.gpu.rows.empty() && !walk.cpu.rows.empty()) throw Outside{"a norm of gradients on CPU and GPU"};
     if (extras.clips && walk.has_f64 && walk.has_small_scalars) throw Outside{"a gradient without dimensions and a norm of another dtype"};
     if (extras.averages) walk.check_averages();
     if (extras.on_gpu && !walk.cpu.rows.empty()) throw Outside{"a scale or a norm on a GPU, of gradients that are not"};
@@ -36,21 +35,20 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, con
     return answers.left_to_torch({PyUnicode_FromString(outside.reason)});
   }
   if (walk.missing) return answers.missing({Py_NewRef(walk.missing)});
-  const bool fit = as_before && walk.images.fit();
+  Stages stages = factors(extras);
+  const bool clips_here = extras.clips && walk.gpu.rows.empty();   // on a GPU it is fastopt/gpu.py that clips, and has the norm
+  if (clips_here && !extras.norm_known) read_gradients(stages);
+  if (extras.clips && !extras.norm_known && walk.any_dtensor) {
+    kept = walk.comparable && !in_turn, waiting = true;
+    return shards(answers);
+  }
+  const bool fit = as_before && filled && walk.images.fit();
   if (!walk.gpu.rows.empty() && !fit) {
     walk.images.lay_out(walk.gpu.rows, walk.gpu.placed);
     if (py::object wanted = wants(answers)) return wanted;
   }
-  Stages stages = factors(extras);
-  if (!extras.clips || !walk.gpu.rows.empty()) norm = {};   // on a GPU it is fastopt/gpu.py's
-  if (extras.clips && walk.gpu.rows.empty()) {
-    if (!extras.norm_known) read_gradients(stages);
-    if (!extras.norm_known && walk.any_dtensor) {
-      kept = walk.comparable && !in_turn, waiting = true;
-      return shards(answers);
-    }
-    clip(extras, stages);
-  }
+  if (clips_here) clip(extras, stages);
+  else norm = {};
   if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();   // from here on, it is written
   walk.bump_dtensors();
   if (!walk.gpu.rows.empty()) fill_images(fit), count_steps(walk.gpu, as_before);   // first: rows of the CPU may run without the GIL
@@ -73,6 +71,7 @@ void Plan::ask_class(PyObject* self) {
 
 // Everything anew. Whether the rows must be stepped in turn, since parameters share memory.
 bool Plan::check(PyObject* self, PyObject* fresh, const Extras& extras) {
+  filled = false;
   if (extras.clips) attribute(attribute(self, names::options).ptr(), names::refuse_parts)(py::handle(self));
   walk.check(self, fresh, extras.state(), !temporary);
   if (extras.clips && temporary && walk.any_dtensor) throw Outside{"two threads step DTensors of one optimizer"};
@@ -203,6 +202,7 @@ void Plan::run_rows(bool in_turn, const Stages& stages) {
 // Brings the images up to date, and holds the step counts; `fit`: their arrays are those of the step before.
 void Plan::fill_images(bool fit) {
   Batch& gpu = walk.gpu;
+  filled = true;
   if (fit) walk.images.refresh(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers(), walk.moved || walk.regrouped);
   else walk.images.fill(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers());
   counted.clear();

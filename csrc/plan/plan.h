@@ -50,6 +50,7 @@ class Plan {
   bool done = false;                              // whether the last step was
   bool kept = false;                              // whether what the walk saw is there to be compared
   bool waiting = false;                           // for the norm of all processes: the last answer was Shards
+  bool filled = false;                            // whether the images are of what the last check found
   struct Norm {
     bool known = false, f64;
     double value;
