@@ -244,12 +244,16 @@ def counts_on_gpu(optimizer: Any) -> bool:
     return all(group.get("capturable") for group in optimizer.param_groups)
 
 
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @torch.no_grad()
 def is_left_out(optimizer: Any, extras: Extras | None, reason: str = "") -> bool:
     """Whether infinities are found, where the update cannot look: the host waits for it."""
     if extras is None or (found := extras.found_inf) is None:
         return False
-    if found.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_captured(found.device):
         raise RuntimeError(NOT_SEEN_IN_A_GRAPH.format(reason=reason))
     if extras.searches:
         grads = [param.grad for param in all_params(optimizer) if param.grad is not None]

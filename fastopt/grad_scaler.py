@@ -21,7 +21,9 @@ class GradScaler(torch.amp.GradScaler):
 
     torch.amp.GradScaler, with its scale, its skipped steps and the bits of its parameters; for any optimizer. With one
     of this library's, ``step`` reads the gradients once, to find infinities and the norm for ``max_grad_norm``, and the
-    optimizer's step unscales them where it loads them. ``.grad`` is not rewritten then: it stays scaled.
+    optimizer's step unscales them where it loads them. ``.grad`` is not rewritten then: it stays scaled. On a GPU, with
+    ``capturable`` in all groups of the optimizer, its step also looks for the infinities and leaves itself out: nobody
+    waits, and a CUDA graph can have all of it.
 
     As torch's own it first unscales in memory where somebody could see the difference: after ``unscale_``, with hooks
     on the optimizer's step, and for an optimizer whose step is not this library's alone.
