@@ -578,7 +578,8 @@ def clip_on_a_gpu(_):
                     if step == 2:  # at other addresses
                         for param in params:
                             grad = getattr(param.grad, "_local_tensor", param.grad)
-                            grad.data = grad.clone()
+                            old, grad.data = grad.data, grad.clone()
+                            old.zero_()
                     before = fastopt._C.counters()["checks"]
                     launches = len(driver.launches)
                     optimizer.step()
