@@ -118,7 +118,7 @@ def parts(python: str, out: Path, full: bool, dry: bool) -> list[Part]:
     around += ["--tasks", "linear regression", "--workloads", "two scalars"] if dry else []
     tests = [python, "-m", "pytest", "-m", "gpu", "--tb=short", "tests/test_gpu_hardware.py"]
     at_once = ["-n", "4"] if importlib.util.find_spec("xdist") else []  # most of the time Triton compiles
-    some = [*tests, "-k", "Adam and (float32-float32 or queued or in_a_graph)"]
+    some = [*tests, "-k", "Adam and (float32-float32 or queued or in_a_graph or with_a_scaler)"]
     cache = {"TRITON_CACHE_DIR": str(work / "triton")}
     install = "-m pip install --no-build-isolation --no-deps --no-index --quiet -e .".split()
     sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]

@@ -101,10 +101,11 @@ def update(optimizer: Any, params: list[Tensor], ema_decay: float, found_inf: Te
     It is left out where a number on a GPU is not 0.
     """
     params = list(dict.fromkeys(params))  # one may be listed twice
-    averages = [optimizer.state[param][EMA] for param in params]
-    values = [_weights(optimizer, param).to(average.dtype) for param, average in zip(params, averages, strict=True)]
-    if not averages:
+    if not params:
         return
+    averages = [_local(optimizer.state[param][EMA]) for param in params]
+    values = [_local(_weights(optimizer, param)) for param in params]
+    values = [value.to(average.dtype) for value, average in zip(values, averages, strict=True)]
     if found_inf is None:
         torch._foreach_lerp_(averages, values, 1 - ema_decay)
     else:
@@ -127,6 +128,12 @@ def update_after_torchs_step(optimizer: Any, ema_decay: float, first: bool) -> N
 
 def _has_one(entry: dict[str, Any] | None) -> bool:
     return entry is not None and entry.get(EMA) is not None
+
+
+def _local(tensor: Any) -> Tensor:
+    """What is here of a DTensor, since torch takes none beside plain tensors; its average is placed as it is."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
 
 
 def _weights(optimizer: Any, param: Tensor) -> Tensor:

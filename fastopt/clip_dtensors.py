@@ -6,11 +6,13 @@ order of the processes, so that all have the same bits. A mesh of several dimens
 those over which anything is sharded; tensors that are replicated everywhere take none.
 
 The functions by name take DTensors of one CPU mesh that are sharded or replicated, and leave the rest to torch. A step
-that clips takes those of several CPU meshes too, and plain tensors beside them: `Meshes`.
+that clips takes those of several meshes too, all on the CPU or all on GPUs, and plain tensors beside them: `Meshes`. On
+GPUs the norm stays there, and nothing waits for it.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +24,8 @@ from .backends import _C
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+    from .extras import Extras
 
 Placed = dict[Any, list[int]]  # by placements: places in a list of tensors
 Meshes = dict[Any, Placed]
@@ -71,11 +75,23 @@ def _over_mesh(mesh: Any, placed: Placed, norm_of: Callable[[list[int]], float |
     dims = [dim for dim in range(mesh.ndim) if any(_splits(placements[dim]) for placements in placed)]
     counted = [placements for placements in placed if all(coordinate[d] == 0 or _splits(placements[d]) for d in dims)]
     own = sorted(at for placements in counted for at in placed[placements])
-    norms = torch.zeros([mesh.size(dim) for dim in dims], dtype=torch.float64)
+    norms = torch.zeros([mesh.size(dim) for dim in dims], dtype=torch.float64, device=mesh.device_type)
     norms[tuple(coordinate[dim] for dim in dims)] = norm_of(own)
     for dim in dims:
         all_reduce(norms, group=mesh.get_group(dim))
-    return cast(Tensor, _C.total_norm(norms.flatten(), order, False))
+    return _norm(norms.flatten(), order)
+
+
+def _norm(numbers: Tensor, order: float) -> Tensor:
+    if numbers.device.type == _C.gpu_type():
+        return cast(Tensor, torch.linalg.vector_norm(numbers, order))
+    return cast(Tensor, _C.total_norm(numbers, order, False))
+
+
+def any_dtensor(params: list[Any]) -> bool:
+    """So that what is here of their gradients is not all."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(type(param) is module.DTensor for param in params)
 
 
 def _splits(place: Any) -> bool:
@@ -102,9 +118,11 @@ def meshes_of(params: list[Any]) -> Meshes | None:
             continue
         spec = param._spec
         meshes.setdefault(spec.mesh, {}).setdefault(spec.placements, []).append(at)
-    for mesh, placed in meshes.items():
-        if mesh.device_type != "cpu" or not all(_is_taken(place) for placements in placed for place in placements):
-            return None
+    devices = {param.device.type for param in params} | {mesh.device_type for mesh in meshes}  # not if offloaded
+    if len(devices) > 1 or not devices <= {"cpu", _C.gpu_type()}:
+        return None
+    if not all(_is_taken(place) for placed in meshes.values() for placements in placed for place in placements):
+        return None
     if meshes and plain:
         mesh, placed = next(iter(meshes.items()))
         placed.setdefault((module.Replicate(),) * mesh.ndim, []).extend(plain)
@@ -118,8 +136,46 @@ def is_placed_as_its_grad(param: Any) -> bool:
 
 
 @torch.no_grad()
-def norm_over(meshes: Meshes, norm_of: Callable[[list[int]], float | Tensor]) -> float:
-    """The norm of the gradients of a step, the same in all processes. ``norm_of``: of those here at some places.
+def norm_of_step(optimizer: Any, params: list[Any], extras: Extras) -> float | Tensor | None:
+    """The norm of all gradients of a step, after unscaling, where they are of several processes: the same in all.
+
+    Returns:
+        A number; on GPUs a tensor there, for which nothing waits; None if this module does not take the parameters.
+    """
+    if (meshes := meshes_of(params)) is None:
+        return None
+    if not are_on_gpu(meshes):
+        return norm_over(meshes, functools.partial(_C.norm_of, optimizer)).item()
+    from .gpu_passes import NOT_FINITE  # and Triton with it
+
+    local: list[Any] = [getattr(param.grad, "_local_tensor", param.grad) for param in params]
+
+    def norm_of(places: list[int]) -> float | Tensor:
+        return _norm_on_gpu([local[at] for at in places if local[at] is not None], extras.inverse_scale)
+
+    norm = norm_over(meshes, norm_of)
+    if extras.error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(NOT_FINITE.format(order=2.0))
+    return norm if any(param.dtype == torch.float64 for param in params) else norm.float()
+
+
+def are_on_gpu(meshes: Meshes) -> bool:
+    return any(mesh.device_type == _C.gpu_type() for mesh in meshes)
+
+
+def _norm_on_gpu(grads: list[Tensor], inverse_scale: float | Tensor | None) -> float | Tensor:
+    from .gpu_passes import search
+
+    if not grads:
+        return 0.0
+    if found := search(grads, inverse_scale, torch.float64):
+        return found[0]
+    return local_norm(grads if inverse_scale is None else [grad * inverse_scale for grad in grads], 2.0)
+
+
+@torch.no_grad()
+def norm_over(meshes: Meshes, norm_of: Callable[[list[int]], float | Tensor]) -> Tensor:
+    """The norm of the gradients of a step, the same in all processes, float64. ``norm_of``: of those at some places.
 
     Raises:
         RuntimeError: a parameter is on a mesh without this process.
@@ -130,7 +186,7 @@ def norm_over(meshes: Meshes, norm_of: Callable[[list[int]], float | Tensor]) ->
             "max_grad_norm: a parameter is a DTensor on a device mesh without this process, which cannot know the norm "
             "of its gradient; give the optimizer only parameters of this process, or clip beside the step"
         )
-    return float(norms[0] if len(norms) == 1 else _C.total_norm(torch.stack(norms), 2.0, False))
+    return norms[0] if len(norms) == 1 else _norm(torch.stack(norms), 2.0)
 
 
 def local_norm(tensors: list[Tensor], order: float) -> float | Tensor:

@@ -245,12 +245,16 @@ def counts_on_gpu(optimizer: Any) -> bool:
     return all(group.get("capturable") for group in optimizer.param_groups)
 
 
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @torch.no_grad()
 def is_left_out(optimizer: Any, extras: Extras | None, reason: str = "") -> bool:
     """Whether infinities are found, where the update cannot look: the host waits for it."""
     if extras is None or (found := extras.found_inf) is None:
         return False
-    if found.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_captured(found.device):
         raise RuntimeError(NOT_SEEN_IN_A_GRAPH.format(reason=reason))
     if extras.searches:
         grads = [param.grad for param in all_params(optimizer) if param.grad is not None]
@@ -263,7 +267,7 @@ def is_left_out(optimizer: Any, extras: Extras | None, reason: str = "") -> bool
 def _clip(params: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor:
     """As in the step: also where torch's function refuses, for DTensors beside plain tensors or on several meshes."""
     meshes = clip_dtensors.meshes_of(params)
-    if not meshes or not all(map(clip_dtensors.is_placed_as_its_grad, params)):
+    if not meshes or clip_dtensors.are_on_gpu(meshes) or not all(map(clip_dtensors.is_placed_as_its_grad, params)):
         norm = clip_grad_norm_(params, max_norm, error_if_nonfinite=error_if_nonfinite)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     local: list[Any] = [getattr(param.grad, "_local_tensor", param.grad) for param in params]
@@ -272,7 +276,7 @@ def _clip(params: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Te
         return clip_dtensors.local_norm([local[at] for at in places if local[at] is not None], 2.0)
 
     f64 = any(param.dtype == torch.float64 for param in params)
-    norm = torch.tensor(clip_dtensors.norm_over(meshes, norm_of), dtype=torch.float64 if f64 else torch.float32)
+    norm = clip_dtensors.norm_over(meshes, norm_of).to(torch.float64 if f64 else torch.float32)
     if error_if_nonfinite:
         clip_dtensors.refuse_nonfinite(norm, 2.0)
     clip_dtensors.scale_([grad for grad in local if grad is not None], coefficient(max_norm, norm))
@@ -333,7 +337,7 @@ def _refuse_nonfinite_on_gpu(optimizer: Any, inverse_scale: float | Tensor | Non
     if next(params, _ON_CPU).device.type != _C.gpu_type():
         return None  # at the first, as a rule
     grads = [param.grad for param in all_params(optimizer) if param.grad is not None]
-    if any(grad.device.type != _C.gpu_type() for grad in grads):
+    if any(grad.device.type != _C.gpu_type() for grad in grads) or clip_dtensors.any_dtensor(all_params(optimizer)):
         return None
     from . import gpu_passes
 

@@ -143,7 +143,9 @@ def run(
     return done
 
 
-def search(grads: list[Tensor], inverse_scale: float | Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+def search(
+    grads: list[Tensor], inverse_scale: float | Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor] | None:
     """The norm of gradients on GPUs, as if each were multiplied by a number first, and whether it is finite.
 
     One read of the gradients, and nothing is waited for.
@@ -151,11 +153,12 @@ def search(grads: list[Tensor], inverse_scale: float | Tensor | None = None) -> 
     Args:
         grads: at least one tensor.
         inverse_scale: the number, or a tensor without dimensions on a GPU that has it. Default None: 1.
+        dtype: of the norm, float32 or float64. Default None: float64 if some gradient is, else float32.
 
     Returns:
-        Two tensors without dimensions on the first gradient's device: the norm, float32 or with a float64 gradient
-        float64; and found_inf, float32, 1 if some gradient is NaN or infinite then, else 0. None for gradients that are
-        not for this library, or while a CUDA graph is captured.
+        Two tensors without dimensions on the first gradient's device: the norm; and found_inf, float32, 1 if some
+        gradient is NaN or infinite then, else 0. None for gradients that are not for this library, or while a CUDA
+        graph is captured.
     """
     devices = list(dict.fromkeys(grad.device for grad in grads))
     todo = []
@@ -175,7 +178,7 @@ def search(grads: list[Tensor], inverse_scale: float | Tensor | None = None) -> 
             parts.append(launches)
     first = parts[0]
     numbers = joined_on_first([part.numbers[: 2 + part.todo.programs] for part in parts], first.numbers)
-    dtype = max((part.norm_dtype for part in parts), key=lambda dtype: dtype.itemsize)
+    dtype = dtype or max((part.norm_dtype for part in parts), key=lambda dtype: dtype.itemsize)
     with _current(first.device):
         norm = torch.empty((), dtype=dtype, device=first.device)
         first.finish(todo[0].norm, norm, numbers, sum(part.todo.programs for part in parts))

@@ -11,6 +11,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from .averages import all_params
 from .backends import _C, count_left_to_torch
+from .clip_dtensors import any_dtensor
 from .extras import Options, counts_on_gpu
 from .optimizer import FusedStep, is_ours
 
@@ -20,7 +21,9 @@ class GradScaler(torch.amp.GradScaler):
 
     torch.amp.GradScaler, with its scale, its skipped steps and the bits of its parameters; for any optimizer. With one
     of this library's, ``step`` reads the gradients once, to find infinities and the norm for ``max_grad_norm``, and the
-    optimizer's step unscales them where it loads them. ``.grad`` is not rewritten then: it stays scaled.
+    optimizer's step unscales them where it loads them. ``.grad`` is not rewritten then: it stays scaled. On a GPU, with
+    ``capturable`` in all groups of the optimizer, its step also looks for the infinities and leaves itself out: nobody
+    waits, and a CUDA graph can have all of it.
 
     As torch's own it first unscales in memory where somebody could see the difference: after ``unscale_``, with hooks
     on the optimizer's step, and for an optimizer whose step is not this library's alone.
@@ -103,10 +106,11 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def _gpu_grads(optimizer: Optimizer) -> list[Tensor]:
-    """All gradients, if they are on GPUs and of dtypes that a scaler unscales; else none."""
-    grads = [param.grad for param in all_params(optimizer) if param.grad is not None]
+    """All gradients, if they are on GPUs, of this process alone and of dtypes that a scaler unscales; else none."""
+    params = all_params(optimizer)
+    grads = [param.grad for param in params if param.grad is not None]
     ours = all(grad.device.type == _C.gpu_type() and grad.dtype != torch.float16 for grad in grads)
-    return grads if ours else []
+    return grads if ours and not any_dtensor(params) else []
 
 
 def _can_search(optimizer: Any, grads: list[Tensor]) -> bool:

@@ -350,11 +350,12 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
                 _prepare_gpu(self, answer.wants, extras)
             elif isinstance(answer, _C.Shards):
                 assert extras is not None
-                if (meshes := clip_dtensors.meshes_of(answer.params)) is None:
-                    answer = _C.LeftToTorch(("a norm of DTensors on a GPU, or neither sharded nor replicated",))
+                if (norm := clip_dtensors.norm_of_step(self, answer.params, extras)) is None:
+                    answer = _C.LeftToTorch(("a norm of DTensors that are neither sharded nor replicated",))
                     break
-                norm = clip_dtensors.norm_over(meshes, functools.partial(_C.norm_of, self))
                 extras = extras._replace(norm=norm)
+                if self._fastopt_gpu is not None:
+                    self._fastopt_gpu.make_ready(extras)
             elif made:
                 raise RuntimeError("state could not be made for a parameter: its step count must be a number")
             else:
@@ -398,6 +399,8 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
             raise
         if norm is not None:
             self._fastopt_options.norm = norm
+    elif extras is not None and isinstance(extras.norm, Tensor):  # of other processes: there is no gradient here
+        self._fastopt_options.norm = extras.norm
     if first:
         averages.copy_first(self, [param for param, _ in made])
 

@@ -598,6 +598,62 @@ def clip_after_unscaling(_):
             assert_same_bits(*both, f"{row.name} {dtype}")
 
 
+def clip_on_a_gpu(_):
+    """The CPU as a GPU, on the PTX interpreter: the norm, which stays there, and the bits of the step on the CPU."""
+    pytest.importorskip("triton")
+    from .test_gpu import triton_serves_cpu_tensors
+    from .test_gpu_passes import on_cpu
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    line, wide = (init_device_mesh("cpu", shape) for shape in ((size,), (1, size)))
+    places = (line, (Shard(0),)), (line, (Replicate(),)), (wide, (Replicate(), Shard(1))), None
+    dtypes = (torch.float32, torch.bfloat16)
+    for row in ROWS[:: len(ROWS) - 1]:
+        for capturable in [False] + [True] * ("capturable" in row.theirs([torch.zeros(1)]).defaults):
+            options = row.plain | {"ema_decay": 0.9}
+            with triton_serves_cpu_tensors() as driver:
+                params = placed_parameters(dtypes, *places)
+                more = {"capturable": True} if capturable else {}
+                optimizer = row.ours(params, **options, max_grad_norm=0.5, error_if_nonfinite=True, **more)
+                expected = row.ours(placed_parameters(dtypes, *places), **options, max_grad_norm=0.5)
+                theirs = expected.param_groups[0]["params"]
+                torch_steps = fastopt.backend_info()["torch_steps"]
+                for step in range(5):
+                    gradients(params, step)
+                    gradients(theirs, step)
+                    lacking = [p for p in range(len(params)) if step == 3 and rank == 1]  # takes part all the same
+                    for at in lacking:
+                        params[at].grad = theirs[at].grad = None
+                    optimizer.grad_scale = torch.tensor(4.0)
+                    if step == 2:  # at other addresses
+                        for param in params:
+                            grad = getattr(param.grad, "_local_tensor", param.grad)
+                            old, grad.data = grad.data, grad.clone()
+                            old.zero_()
+                    before = fastopt._C.counters()["checks"]
+                    launches = len(driver.launches)
+                    optimizer.step()
+                    assert fastopt.backend_info()["torch_steps"] == torch_steps, "torch's own step ran"
+                    assert step != 2 or fastopt._C.counters()["checks"] == before, "compared"
+                    assert bool(lacking) == (len(driver.launches) == launches)
+                    norm = optimizer.grad_norm
+                    everywhere = [torch.zeros(()) for _ in range(size)]
+                    dist.all_gather(everywhere, norm)
+                    assert_same_bits(everywhere, [norm] * size, "of all processes")
+                    with on_cpu():
+                        expected.grad_scale = torch.tensor(4.0)
+                        expected.step()
+                        assert_same_bits(norm, expected.grad_norm, "norm")
+                    assert_same_bits(values_of(optimizer), values_of(expected), f"{row.name} {step}")
+                gradients(params, 5)
+                if rank == 1:
+                    local(params[0].grad)[0, 3] = float("nan")
+                before = values_of(optimizer)
+                with pytest.raises(RuntimeError, match="order 2.0 for gradients from `parameters` is non-finite"):
+                    optimizer.step()
+                assert_same_bits(values_of(optimizer), before, "refused")
+
+
 def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -875,7 +931,8 @@ def stochastic_rounding(_):
 
 IN_THE_STEP = (
     clip_in_the_step, clip_where_a_process_has_no_gradient, clip_in_two_threads, clip_after_unscaling,
-    clip_what_the_plan_does_not_take, clip_in_the_step_of_models, averages, master_weights, stochastic_rounding,
+    clip_what_the_plan_does_not_take, clip_on_a_gpu, clip_in_the_step_of_models, averages, master_weights,
+    stochastic_rounding,
 )  # fmt: skip
 
 

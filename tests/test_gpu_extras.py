@@ -463,7 +463,7 @@ def test_a_first_step_that_is_left_out_makes_nothing(row, gpu):
 
 
 @capturable_rows
-def test_found_inf_where_torch_steps(row, gpu):
+def test_found_inf_where_torch_steps(row, gpu, monkeypatch):
     """The host looks then; torch's step refuses the CPU that is a GPU here."""
     optimizer = optimizer_of(row, (torch.complex64,), sizes=(3, 5), capturable=True)
     optimizer.found_inf = torch.tensor(2.0)
@@ -472,6 +472,9 @@ def test_found_inf_where_torch_steps(row, gpu):
     optimizer.step()
     optimizer.found_inf.zero_()
     with pytest.raises(AssertionError, match="capturable=True"):
+        optimizer.step()
+    monkeypatch.setattr("fastopt.extras._is_captured", lambda device: True)
+    with pytest.raises(RuntimeError, match="because a parameter is complex, and while a CUDA graph is captured nobody"):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before, "left out or refused")
 

@@ -431,6 +431,116 @@ def test_graphs_clip_scale_and_average(row):
     assert_same_bits(contents(captured), contents(plain), row.name)
 
 
+LOW = {  # of float32, bfloat16 and float16 parameters
+    "float32": (torch.float32, {}),
+    "float32, bfloat16 state": (torch.float32, {"state_dtype": torch.bfloat16}),
+    "bfloat16, master weights": (torch.bfloat16, {"master_weights": True, "state_dtype": torch.float32}),
+    "float16, master weights": (torch.float16, {"master_weights": True}),
+    "bfloat16, random bits": (torch.bfloat16, {"stochastic_rounding": True, "state_dtype": torch.float32}),
+}
+
+
+@pytest.mark.parametrize("way", LOW)
+@capturable_rows
+def test_graphs_replay_low_precision(row, way):
+    """Replays have the bits of steps without a graph, and of the CPU; found_inf, on the device, leaves some out."""
+    dtype, options = LOW[way]
+    cpu, plain, captured = optimizers_on(row, CPU, CUDA, CUDA, **BESIDE, **options)
+    for optimizer in (cpu, plain, captured):
+        for param in params_of(optimizer):
+            param.data = param.data.to(dtype)
+    for optimizer in (plain, captured):
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+        optimizer.found_inf = torch.zeros((), device="cuda")
+    set_grads_of(dtype, cpu, plain, captured)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        captured.step()
+    torch.cuda.synchronize()
+    cpu.step()
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for turn, found_inf in enumerate((0.0, 2.0, 0.0, float("nan"), 1.0, 0.0)):
+        set_grads_of(dtype, cpu, plain, captured)
+        for optimizer in (plain, captured):
+            optimizer.found_inf.fill_(found_inf)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if turn else "default")
+        try:
+            plain.step()
+            graph.replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if found_inf == 0:
+            cpu.step()
+        assert_same_bits(contents(captured), contents(plain), f"{way} {turn}")
+    assert_same_bits(contents(captured), contents(cpu), way)
+
+
+def set_grads_of(dtype, *optimizers):
+    """New ones in the same memory."""
+    for params in zip(*map(params_of, optimizers), strict=True):
+        grad = torch.randn(params[0].shape).to(dtype)
+        for param in params:
+            if param.grad is None:
+                param.grad = torch.empty_like(param)
+            param.grad.copy_(grad)
+
+
+@capturable_rows
+def test_graphs_of_whole_iterations_with_a_scaler(row):
+    """Replays have the bits of iterations without a graph: the same scale, and the same steps left out."""
+    results = []
+    for in_graph in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).cuda()
+        inputs = torch.randn(32, 8, device="cuda")
+        optimizer = row.ours(model.parameters(), **row.plain, **BESIDE, capturable=True)
+        scaler = fastopt.GradScaler(init_scale=2.0**10, growth_interval=2)
+
+        def iteration(model=model, inputs=inputs, optimizer=optimizer, scaler=scaler):
+            optimizer.zero_grad(set_to_none=False)
+            loss = model(inputs).square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                iteration()
+        torch.cuda.current_stream().wait_stream(stream)
+        step, graph = iteration, torch.cuda.CUDAGraph()
+        if in_graph:
+            with torch.cuda.graph(graph):
+                iteration()
+            step = graph.replay
+        found = []
+        for turn in range(8):
+            torch.manual_seed(turn)
+            inputs.copy_(torch.randn(32, 8))
+            if turn in (1, 4, 5):
+                inputs[3, 2] = float("inf")
+            before = contents(optimizer)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            found.append([contents(optimizer), {"scale": torch.tensor(scaler._scale.item())}])
+            if turn in (1, 4, 5):
+                assert_same_bits(found[-1][0], before, "left out")
+        results.append(found)
+    assert_same_bits(results[1], results[0], row.name)
+    scales = [scale["scale"].item() for _, scale in results[0]]
+    assert len(set(scales)) > 2
+
+
 @every_row
 def test_clipping_of_parameters_on_cpu_and_gpu(row):
     """Beside the step, with the norm of all."""

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 
 from fastopt.kernels import multi_tensor  # noqa: E402
 
-from .test_gpu import CHUNK, capturable_rows, triton_serves_cpu_tensors  # noqa: E402
+from .test_gpu import CHUNK, Graph, capturable_rows, triton_serves_cpu_tensors  # noqa: E402
 from .test_gpu_passes import on_cpu  # noqa: E402
 from .test_kernels import compiled_for  # noqa: E402
 from .tools import sass  # noqa: E402
@@ -96,6 +96,41 @@ def test_capturable_steps(row, dtype, option, gpu):
     with on_cpu():
         _, expected, _ = run(row, dtype, **options)
     assert_same_bits(actual, expected, row.name)
+
+
+@capturable_rows
+@every_dtype
+@pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding"])
+def test_graphs_replay(row, dtype, option, gpu, monkeypatch):
+    """Between replays a step without the graph, and parameters that are written: as the same steps without graphs."""
+
+    def run(use_graph):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size).to(own)) for own in (dtype, F32) for size in (5, CHUNK + 1)]
+        optimizer = row.ours(params, **row.plain, **{option: True}, state_dtype=F32, capturable=True)
+        graph, found = Graph(monkeypatch), []
+        for step in range(7):
+            for param in params:
+                param.grad = torch.empty_like(param) if param.grad is None else param.grad
+                param.grad.normal_()
+            if use_graph and step == 2:
+                monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
+                before = snapshot(optimizer)
+                with graph.capture():
+                    optimizer.step()
+                assert_same_bits(snapshot(optimizer), before, "captured, not stepped")
+                monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+            if step == 4:
+                with torch.no_grad():
+                    params[1][7:200] = 1.5
+            if use_graph and step >= 2 and step != 5:
+                graph.replay()
+            else:
+                optimizer.step()
+            found.append(snapshot(optimizer))
+        return found
+
+    assert_same_bits(run(True), run(False), row.name)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

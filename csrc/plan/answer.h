@@ -4,7 +4,7 @@
 //   Launches(launches)      done on the CPU; fastopt/gpu.py uploads and launches these
 //   Wants(wants)            kernels or buffers are wanted first (nothing was written; set_buffer, call again)
 //   Missing(params)         these (group, param) want their state made first (nothing was written; call again)
-//   Shards(params)          some of these are DTensors, so that the norm is of several processes: norm_of() has what is here (nothing
+//   Shards(params)          some of these are DTensors, so that the norm is of several processes: on the CPU norm_of() has what is here (nothing
 //                           was written; call again with the norm)
 //   GpuPass(...)            a pass over GPU tensors is left for fastopt/gpu_passes.py (nothing was written)
 //   LeftToTorch(reason)     not for this library: torch's own step, or function, shall run (nothing was written)

@@ -32,22 +32,21 @@ py::object Plan::step(PyObject* self, PyObject* fresh, const Extras& extras, con
     return answers.left_to_torch({PyUnicode_FromString(outside.reason)});
   }
   if (walk.missing) return answers.missing({Py_NewRef(walk.missing)});
-  const bool on_gpu = !walk.gpu.rows.empty(), images_fit = unchanged && walk.images.fit();
+  const bool on_gpu = !walk.gpu.rows.empty(), comparable = walk.comparable && !in_turn;
+  Stages stages = stages_of(extras);
+  const bool clips_here = extras.clips && !on_gpu;   // on a GPU it is fastopt/gpu.py that clips, and has the norm
+  if (clips_here && !extras.norm_known) read_gradients(stages);
+  if (extras.clips && !extras.norm_known && walk.any_dtensor) {
+    if (comparable) seen = Seen::step_without_norm;
+    return shards(answers);
+  }
+  const bool images_fit = unchanged && filled && walk.images.fit();
   if (on_gpu && !images_fit) {
     walk.images.lay_out(walk.gpu.rows, walk.gpu.placed);
     if (py::object wanted = wants(answers)) return wanted;
   }
-  const bool comparable = walk.comparable && !in_turn;
-  Stages stages = stages_of(extras);
-  if (!extras.clips || on_gpu) norm = {};         // on a GPU it is fastopt/gpu.py's
-  if (extras.clips && !on_gpu) {
-    if (!extras.norm_known) read_gradients(stages);
-    if (!extras.norm_known && walk.any_dtensor) {
-      if (comparable) seen = Seen::step_without_norm;
-      return shards(answers);
-    }
-    clip(extras, stages);
-  }
+  if (clips_here) clip(extras, stages);
+  else norm = {};
 
   // The second half writes.
   if (fresh && PyList_SetSlice(fresh, 0, PyList_GET_SIZE(fresh), nullptr)) throw python_error();
@@ -73,6 +72,7 @@ void Plan::ask_class(PyObject* self) {
 
 // Everything anew. Whether the rows must be stepped in turn, since parameters share memory.
 bool Plan::check(PyObject* self, PyObject* fresh, const Extras& extras) {
+  filled = false;
   if (extras.clips) attribute(attribute(self, names::options).ptr(), names::refuse_parts)(py::handle(self));
   walk.check(self, fresh, extras.state(), !temporary);
   if (extras.clips && temporary && walk.any_dtensor)   // processes would not agree whose reduction comes first
@@ -89,8 +89,7 @@ bool Plan::check(PyObject* self, PyObject* fresh, const Extras& extras) {
 }
 
 void Plan::check_extras(const Extras& extras) {
-  if (extras.scales() && !walk.gpu.rows.empty() && (!walk.cpu.rows.empty() || walk.any_dtensor))
-    throw Outside{"a norm of gradients on CPU and GPU, or of DTensors on a GPU"};
+  if (extras.scales() && !walk.gpu.rows.empty() && !walk.cpu.rows.empty()) throw Outside{"a norm of gradients on CPU and GPU"};
   if (extras.clips && walk.has_f64 && walk.has_small_scalars) throw Outside{"a gradient without dimensions and a norm of another dtype"};
   if (extras.on_gpu && !walk.cpu.rows.empty()) throw Outside{"a scale or a norm on a GPU, of gradients that are not"};
   if (extras.averages) walk.check_averages();
@@ -214,6 +213,7 @@ void Plan::run_rows(bool in_turn, const Stages& stages) {
 // Brings the images up to date, and holds the step counts; `images_fit`: their arrays are those of the step before.
 void Plan::fill_images(bool images_fit) {
   Batch& gpu = walk.gpu;
+  filled = true;
   if (images_fit) walk.images.refresh(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers(), walk.moved || walk.regrouped);
   else walk.images.fill(gpu.rows, gpu.placed, walk.options.scalars(), walk.options.hypers());
   counted.clear();

@@ -52,6 +52,7 @@ class Plan {
   bool busy = false;                              // a step is under way, perhaps without the GIL
   bool temporary = false;                         // gone after one step: nothing for the GPU may point into it
   bool done = false;                              // whether the last step was
+  bool filled = false;                            // whether the images are of what the last check found
   // What the walk has to compare the next step with; a step without norm is one that answered Shards.
   enum class Seen { nothing, step, step_without_norm } seen = Seen::nothing;
   struct GradNorm {

@@ -411,7 +411,7 @@ C10_ALWAYS_INLINE bool Walk::compare_param(PyObject* object, SeenParam& own, int
       }
     }
   }
-  if (own.on_gpu) batch.placed[own.row].moved = differs;
+  if (own.on_gpu) batch.placed[own.row].moved = differs || (!steps && batch.placed[own.row].moved);   // in this step
   if (differs) {
     if (!moved) moved = true;                     // threads that only read it do not take it from each other
     extents[own.extents] = extent_of(param, row.data[0], itemsize(row.dtype[0]), true, true);
