@@ -63,6 +63,11 @@ def open_ones(optimizer: Any) -> list[Tensor]:
     return [param for param, entry in optimizer.state.items() if _has_one(entry) and is_open(entry[EMA])]
 
 
+def has_begun(entry: dict[str, Any]) -> bool:
+    """Whether there is an average in a parameter's state, of whatever optimizer, and none to be loaded."""
+    return _has_one(entry) and not (_local(entry[EMA]).numel() and is_open(entry[EMA]))
+
+
 def find_open(optimizer: Any) -> None:
     """After a load."""
     optimizer._fastopt_options.may_be_open = True
@@ -71,7 +76,7 @@ def find_open(optimizer: Any) -> None:
 
 def is_open(average: Any) -> bool:
     """Of a DTensor, the part that is here."""
-    return isinstance(average, Tensor) and bool(getattr(average, "_local_tensor", average).isnan().all())
+    return isinstance(average, Tensor) and bool(_local(average).isnan().all())
 
 
 def begin_open(optimizer: Any) -> None:
@@ -124,6 +129,10 @@ def update_after_torchs_step(optimizer: Any, ema_decay: float, first: bool) -> N
         copy_first(optimizer, params)
     else:
         update(optimizer, params, ema_decay)
+
+
+def _local(average: Any) -> Any:
+    return getattr(average, "_local_tensor", average)
 
 
 def _has_one(entry: dict[str, Any] | None) -> bool:

@@ -82,6 +82,12 @@ def _ema_decay(value: Any) -> float:
     return _number("ema_decay", value, "in [0, 1], or None for no average", lambda number: 0 <= number <= 1)
 
 
+def _seed(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"Invalid rounding_seed value: {value!r}; it must be an integer in [0, 2**64)")
+    return value
+
+
 _UNSEEN: tuple[Any, Any] = object(), object()
 
 
@@ -108,7 +114,7 @@ class Options:
         ema_decay: float | None = None,
     ):
         self.error_if_nonfinite, self.state_dtype = error_if_nonfinite, state_dtype
-        self.masters, self.draws, self.rounding_seed = bool(master_weights), bool(stochastic_rounding), rounding_seed
+        self.masters, self.draws = bool(master_weights), bool(stochastic_rounding)
         changing = {"max_grad_norm": max_grad_norm, "ema_decay": ema_decay}
         self.given = {name: value for name, value in changing.items() if value is not None}
         # What was made of the changing values, and of which: those of the last step.
@@ -118,8 +124,7 @@ class Options:
             raise ValueError(f"Invalid state_dtype: {state_dtype!r}; it must be one of {names}, or None")
         if self.masters and self.draws:
             raise ValueError(BOTH)
-        if not isinstance(rounding_seed, int) or not 0 <= rounding_seed < 2**64:
-            raise ValueError(f"Invalid rounding_seed value: {rounding_seed!r}; it must be an integer in [0, 2**64)")
+        self.rounding_seed = _seed(rounding_seed)
         if error_if_nonfinite and "max_grad_norm" not in self.given:
             raise ValueError("error_if_nonfinite=True needs max_grad_norm; float('inf') clips nothing")
         if self.any() and _C is None:
@@ -320,7 +325,9 @@ def add_state(optimizer: Any, param: Tensor, extras: Extras, step_count: Callabl
         if not optimizer._fastopt.has_step:
             state["step"] = step_count(float(state["step"] if state.get("step") is not None else 0))
         seed = state.get("rounding_seed")
-        state["rounding_seed"] = optimizer._fastopt_options.rounding_seed if seed is None else int(seed)
+        if isinstance(seed, Tensor) and seed.numel() == 1:  # made so by what saved it
+            seed = seed.item()
+        state["rounding_seed"] = optimizer._fastopt_options.rounding_seed if seed is None else _seed(seed)
     if extras.ema_decay is not None and state.get(EMA) is None:
         state[EMA] = begun(optimizer, param)
 

@@ -25,7 +25,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim import swa_utils as torch_swa_utils
 
-from .averages import EMA, all_params, open_ones
+from .averages import EMA, all_params, has_begun
 from .backends import _C, count_left_to_torch, left_to_torch, on_gpu
 
 __all__ = [*torch_swa_utils.__all__, "averaged_copy", "averaged_parameters"]
@@ -238,10 +238,7 @@ def averaged_copy(model: Module, *optimizers: Optimizer) -> Module:
 
 def _averages(optimizers: tuple[Optimizer, ...]) -> dict[Tensor, Tensor]:
     states = [(param, optimizer.state.get(param, {})) for optimizer in optimizers for param in all_params(optimizer)]
-    averages = {param: entry[EMA] for param, entry in states if entry.get(EMA) is not None}
-    for optimizer in optimizers:
-        for param in open_ones(optimizer):
-            del averages[param]
+    averages = {param: entry[EMA] for param, entry in states if has_begun(entry)}
     for param, average in averages.items():
         if average.shape != param.shape:
             shapes = f"shape {list(average.shape)}, the parameter {list(param.shape)}"

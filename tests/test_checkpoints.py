@@ -403,6 +403,10 @@ def test_averages_begin_with_the_first_step_that_trains(row):
     other = Params(0)
     loaded = row.ours(other.parameters(), **row.plain, ema_decay=0.9)
     set_optimizer_state_dict(other, loaded, saved)
+    plain = row.ours(other.parameters(), **row.plain)
+    plain.load_state_dict(copy.deepcopy(loaded.state_dict()))
+    with pytest.raises(ValueError, match="no optimizer has running averages"), averaged_parameters(plain):
+        pass
     for it in (optimizer, loaded, copy.deepcopy(loaded)):
         params = [param for group in it.param_groups for param in group["params"]]
         with pytest.raises(ValueError, match="no optimizer has running averages"), averaged_parameters(it):

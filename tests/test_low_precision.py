@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -406,6 +407,18 @@ def test_bad_options(row):
     for seed in (-1, 2**64, 0.5, None):
         with pytest.raises(ValueError, match="Invalid rounding_seed value"):
             row.ours(params, **row.plain, stochastic_rounding=True, rounding_seed=seed)
+    optimizer = row.ours(params, **row.plain, stochastic_rounding=True)
+    give_gradients(params, 1)
+    optimizer.step()
+    for seed in ("x", 0.5, torch.ones(2)):
+        optimizer.state[params[3]]["rounding_seed"] = seed
+        before = copy.deepcopy([param.detach() for param in params])
+        with pytest.raises(ValueError, match=re.escape(f"Invalid rounding_seed value: {seed!r}")):
+            optimizer.step()
+        assert_same_bits([param.detach() for param in params], before)
+    optimizer.state[params[3]]["rounding_seed"] = torch.tensor(7)
+    optimizer.step()
+    assert optimizer.state[params[3]]["rounding_seed"] == 7
 
 
 @every_row
