@@ -236,6 +236,7 @@ def plot_ratios(results: list[Result], path: Path) -> None:
         axis.yaxis.set_major_formatter("{x:g} x")
         decades = axis.get_ylim()[1] / axis.get_ylim()[0] > 8
         axis.yaxis.set_minor_formatter(NullFormatter() if decades else "{x:g} x")
+        axis.set_ylim(0.92 * axis.get_ylim()[0])  # or the line hides below the frame
         axis.set_xticks(range(len(panel)), [result["optimizer"] for result in panel], rotation=30, fontsize=8)
         axis.set_title(f"{workload} ({dtype}, {count(threads, 'thread')})", fontsize=10)
     legends = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat]

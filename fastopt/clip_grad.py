@@ -80,7 +80,7 @@ def get_total_norm(
 ) -> Tensor:
     """The norm of all tensors together, as if they were one vector.
 
-    As torch.nn.utils.get_total_norm, with the exact sums of :func:`clip_grad_norm_`.
+    As torch.nn.utils.get_total_norm, with the exact sums of ``clip_grad_norm_``.
 
     Args:
         tensors: tensors, or one tensor; gradients as a rule.
@@ -123,7 +123,7 @@ def clip_grads_with_norm_(
     Args:
         parameters: tensors, or one tensor, whose ``grad`` is clipped; those without are skipped.
         max_norm: the largest norm, a number >= 0.
-        total_norm: what :func:`get_total_norm` returned for the gradients.
+        total_norm: what ``get_total_norm`` returned for the gradients.
         foreach: as in torch; chooses nothing here. Default None.
 
     >>> import torch, fastopt

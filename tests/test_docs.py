@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import operator
 import re
 from pathlib import Path
 
@@ -35,20 +36,26 @@ def test_api_page():
     Those that every optimizer has beside torch's stand on the page once.
     """
     page = (TESTS.parent / "docs" / "api.md").read_text()
-    entries = re.findall(r"^## (\w+)\n\n```py\n(\w+)(\(.*?\))\n```\n\n::: fastopt\.(\w+)$", page, re.M | re.S)
+    entries = re.findall(r"^##(#?) (\w+)\n\n```py\n(\w+)(\(.*?\))\n```\n\n::: fastopt\.([\w.]+)$", page, re.M | re.S)
     modules = {name for name in fastopt.__all__ if inspect.ismodule(getattr(fastopt, name))}
-    assert {name for name, *_ in entries} == set(fastopt.__all__) - modules and len(entries) == len({*entries})
+    names = set(fastopt.__all__) - modules
+    for module in modules:
+        within = vars(getattr(fastopt, module))
+        own = [name for name in within["__all__"] if getattr(within.get(name), "__module__", "").startswith("fastopt")]
+        names |= {f"{module}.{name}" for name in own}
+    assert {rendered for *_, rendered in entries} == names and len(entries) == len({*entries})
+    assert page.count("\n::: ") == len(entries), "something is rendered without its name and call above it"
     assert all(f"fastopt.{name}" in page for name in modules)
     own = ", ".join(f"{key}={value}" for key, value in OWN_OPTIONS.items())
     assert own in page.replace("\n", " ")
-    for name, called, arguments, rendered in entries:
-        assert name == called == rendered
+    for deeper, name, called, arguments, rendered in entries:
+        assert name == called == rendered.rpartition(".")[2] and bool(deeper) == ("." in rendered)
         written = ast.parse(f"def f{arguments}: pass").body[0].args
         variable = [written.vararg] if written.vararg else []
         positional, keyword = [arg.arg for arg in written.args + variable], [arg.arg for arg in written.kwonlyargs]
         defaults = [ast.literal_eval(value) for value in written.defaults + written.kw_defaults]
         with_default = (positional + keyword)[-len(defaults) :] if defaults else []
-        parameters = inspect.signature(getattr(fastopt, name)).parameters
+        parameters = inspect.signature(operator.attrgetter(rendered)(fastopt)).parameters
         if hasattr(torch.optim, name):
             parameters = {key: value for key, value in parameters.items() if key not in OWN_OPTIONS}
         assert positional + keyword == list(parameters)

@@ -80,6 +80,9 @@ inline int64_t update_pairs(P* param, const P* grad, S* const* slots, B* beside,
 #endif
 
 template <class Algorithm, unsigned used, class T, class P, class S, class B = void>
+#if !defined(FASTOPT_VECTOR_BYTES)
+[[gnu::flatten]]  // a loop with a call, which the compiler prefers for long updates, has no vectors
+#endif
 void update(void* const* data, int64_t n, [[maybe_unused]] int64_t rest, const void* scalars) {
   const auto h = *static_cast<const typename Algorithm::template Scalars<T>*>(scalars);
   P* __restrict param = static_cast<P*>(data[0]);
