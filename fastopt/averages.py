@@ -49,6 +49,59 @@ def copy_first(optimizer: Any, params: list[Tensor]) -> None:
 
 
 @torch.no_grad()
+def update(optimizer: Any, params: list[Tensor], ema_decay: float, found_inf: Tensor | None = None) -> None:
+    """Any other update, of parameters that the plan did not step and which have an average.
+
+    It is left out where a number on a GPU is not 0.
+    """
+    params = list(dict.fromkeys(params))  # one may be listed twice
+    if not params:
+        return
+    averages = [_local(optimizer.state[param][EMA]) for param in params]
+    values = [_local(_weights(optimizer, param)) for param in params]
+    values = [value.to(average.dtype) for value, average in zip(values, averages, strict=True)]
+    if found_inf is None:
+        torch._foreach_lerp_(averages, values, 1 - ema_decay)
+    else:
+        updated = torch._foreach_lerp(averages, values, 1 - ema_decay)
+        for average, value in zip(averages, updated, strict=True):
+            average.copy_(torch.where(found_inf.to(average.device) == 0, value, average))
+
+
+def update_after_torchs_step(optimizer: Any, ema_decay: float, first: bool) -> None:
+    state = optimizer.state
+    params = list(dict.fromkeys(p for p in all_params(optimizer) if p.grad is not None or _has_one(state.get(p))))
+    for param in params:
+        if state[param].get(EMA) is None:
+            state[param][EMA] = begun(optimizer, param)
+    if first:
+        copy_first(optimizer, params)
+    else:
+        update(optimizer, params, ema_decay)
+
+
+def _has_one(entry: dict[str, Any] | None) -> bool:
+    return entry is not None and entry.get(EMA) is not None
+
+
+def _local(tensor: Any) -> Tensor:
+    """What is here of a DTensor, since torch takes none beside plain tensors; its average is placed as it is."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
+def _weights(optimizer: Any, param: Tensor) -> Tensor:
+    """What is averaged: the parameter or, of 16 bits, its master or itself in float32."""
+    if param.dtype.itemsize >= 4:
+        return param.detach()
+    options = optimizer._fastopt_options
+    return master_of(param, optimizer.state.get(param, {}) if options is not None and options.masters else {})
+
+
+# ---- averages that are there to be loaded
+
+
+@torch.no_grad()
 def leave_open(optimizer: Any, params: list[Tensor]) -> None:
     for param in params:
         optimizer.state[param][EMA].fill_(math.nan)
@@ -97,57 +150,3 @@ def _is_for_a_checkpoint() -> bool:
     while frame and (frame.f_code.co_name, frame.f_globals.get("__name__")) != ("_init_optim_state", _STATE_DICT):
         frame = frame.f_back
     return frame is not None
-
-
-@torch.no_grad()
-def update(optimizer: Any, params: list[Tensor], ema_decay: float, found_inf: Tensor | None = None) -> None:
-    """Any other update, of parameters that the plan did not step and which have an average.
-
-    It is left out where a number on a GPU is not 0.
-    """
-    params = list(dict.fromkeys(params))  # one may be listed twice
-    if not params:
-        return
-    averages = [_local(optimizer.state[param][EMA]) for param in params]
-    values = [_local(_weights(optimizer, param)) for param in params]
-    values = [value.to(average.dtype) for value, average in zip(values, averages, strict=True)]
-    if found_inf is None:
-        torch._foreach_lerp_(averages, values, 1 - ema_decay)
-    else:
-        updated = torch._foreach_lerp(averages, values, 1 - ema_decay)
-        for average, value in zip(averages, updated, strict=True):
-            average.copy_(torch.where(found_inf.to(average.device) == 0, value, average))
-
-
-def update_after_torchs_step(optimizer: Any, ema_decay: float, first: bool) -> None:
-    state = optimizer.state
-    params = list(dict.fromkeys(p for p in all_params(optimizer) if p.grad is not None or _has_one(state.get(p))))
-    for param in params:
-        if state[param].get(EMA) is None:
-            state[param][EMA] = begun(optimizer, param)
-    if first:
-        copy_first(optimizer, params)
-    else:
-        update(optimizer, params, ema_decay)
-
-
-def _local(average: Any) -> Any:
-    return getattr(average, "_local_tensor", average)
-
-
-def _has_one(entry: dict[str, Any] | None) -> bool:
-    return entry is not None and entry.get(EMA) is not None
-
-
-def _local(tensor: Any) -> Tensor:
-    """What is here of a DTensor, since torch takes none beside plain tensors; its average is placed as it is."""
-    local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local
-
-
-def _weights(optimizer: Any, param: Tensor) -> Tensor:
-    """What is averaged: the parameter or, of 16 bits, its master or itself in float32."""
-    if param.dtype.itemsize >= 4:
-        return param.detach()
-    options = optimizer._fastopt_options
-    return master_of(param, optimizer.state.get(param, {}) if options is not None and options.masters else {})
