@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .optimizer import Algorithm, FusedStep, Group, drop_in, same_dtype
+from .algorithm import Algorithm, Group, same_dtype
+from .optimizer import FusedStep, drop_in
 
 
 class _Algorithm(Algorithm):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import clip_dtensors
-from .averages import EMA, all_params, begun
+from .averages import all_params
 from .backends import _C, torch_steps
 from .clip_grad import clip_grad_norm_, coefficient
-from .masters import COMPANIONS, add_companion
+from .masters import COMPANIONS
 
 KEPT = (torch.float32, torch.bfloat16, torch.float16)  # what the arithmetic for every parameter holds
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -82,7 +82,7 @@ def _ema_decay(value: Any) -> float:
     return _number("ema_decay", value, "in [0, 1], or None for no average", lambda number: 0 <= number <= 1)
 
 
-def _seed(value: Any) -> int:
+def seed_of(value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value < 2**64:
         raise ValueError(f"Invalid rounding_seed value: {value!r}; it must be an integer in [0, 2**64)")
     return value
@@ -124,7 +124,7 @@ class Options:
             raise ValueError(f"Invalid state_dtype: {state_dtype!r}; it must be one of {names}, or None")
         if self.masters and self.draws:
             raise ValueError(BOTH)
-        self.rounding_seed = _seed(rounding_seed)
+        self.rounding_seed = seed_of(rounding_seed)
         if error_if_nonfinite and "max_grad_norm" not in self.given:
             raise ValueError("error_if_nonfinite=True needs max_grad_norm; float('inf') clips nothing")
         if self.any() and _C is None:
@@ -313,23 +313,6 @@ def refuse_torchs_step(optimizer: Any, reason: str) -> None:
     if any(param.dtype in COMPANIONS and param.grad is not None for param in all_params(optimizer)):
         option = "master_weights" if options.masters else "stochastic_rounding"
         raise RuntimeError(NOT_BESIDE.format(option=option, reason=reason))
-
-
-@torch.no_grad()
-def add_state(optimizer: Any, param: Tensor, extras: Extras, step_count: Callable[[float], Tensor]) -> None:
-    """Gives a parameter's state what it lacks beside the algorithm's."""
-    state = optimizer.state[param]
-    if extras.masters:
-        add_companion(state, param)
-    if extras.draws and param.dtype in COMPANIONS:
-        if not optimizer._fastopt.has_step:
-            state["step"] = step_count(float(state["step"] if state.get("step") is not None else 0))
-        seed = state.get("rounding_seed")
-        if isinstance(seed, Tensor) and seed.numel() == 1:  # made so by what saved it
-            seed = seed.item()
-        state["rounding_seed"] = optimizer._fastopt_options.rounding_seed if seed is None else _seed(seed)
-    if extras.ema_decay is not None and state.get(EMA) is None:
-        state[EMA] = begun(optimizer, param)
 
 
 def _inverse(scale: Tensor | float) -> float | Tensor:

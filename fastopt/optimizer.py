@@ -3,8 +3,8 @@
     param_groups -> plan -> backend -> kernel machinery -> update function
 
 The plan and the CPU machinery are C++ (csrc/plan/answer.h says what a plan answers). Here is what happens around them:
-hooks, closures, making state at a parameter's first step, and torch's own step for whatever is not a plain strided
-tensor of a floating dtype.
+hooks, closures, and torch's own step for whatever is not a plain strided tensor of a floating dtype. State is made in
+state.py and loaded in loading.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import sys
-import warnings
 from collections.abc import Callable
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -26,18 +23,14 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
 from . import averages, clip_dtensors
+from .algorithm import Algorithm
 from .backends import _C, torch_steps
-from .extras import KEPT, Extras, GradNorm, Options, SetByScaler, add_state, is_left_out, refuse_torchs_step
-from .masters import COMPANIONS, NO_MASTERS, has_companion, is_companion
+from .extras import Extras, GradNorm, Options, SetByScaler, is_left_out, refuse_torchs_step
+from .loading import load
+from .state import make_state, refuse_capture, remake_state, unmake_state
 
-Group = dict[str, Any]
 Closure = Callable[[], Any]
 Class = TypeVar("Class", bound=Optimizer)
-_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
-# What torch's step calls of its object; the last is an older torch's name of the one before.
-_PARTS_OF_STEP = ("_init_group", "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-# What a step makes anew in a state that lacks it, of what options add.
-_OPTIONAL = (averages.EMA, "rounding_seed", "step")
 
 if TYPE_CHECKING:
     from ._C import Answer, Want
@@ -45,52 +38,6 @@ if TYPE_CHECKING:
     _Base = Optimizer
 else:
     _Base = object
-
-
-class Algorithm:
-    """What there is to know of an optimizer beside its update and what torch's class says: `_fastopt` of its class."""
-
-    update: str  # the name of the update in csrc/step/algorithms.h and kernels/
-    has_step: bool = True
-    takes_sparse: bool = False
-
-    def slots(self, optimizer: Optimizer, group: Group) -> dict[str, float]:
-        """Names and initial values of a parameter's state tensors under the options of ``group``, in torch's order."""
-        raise NotImplementedError
-
-    def refusal(self, optimizer: Optimizer, group: Group, param: Tensor) -> Exception | None:
-        """The error that torch's own step would raise half-way, after stepping other parameters."""
-        grad = param.grad
-        assert grad is not None
-        if grad.shape != param.shape:
-            return RuntimeError(f"grad has shape {list(grad.shape)}, the parameter {list(param.shape)}")
-        if grad.device != param.device:
-            return RuntimeError(f"grad is on {grad.device}, the parameter on {param.device}")
-        if grad.is_sparse and not self.takes_sparse:
-            return RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-        if grad.is_sparse and group["weight_decay"] != 0:
-            return RuntimeError("weight_decay option is not compatible with sparse gradients")
-        if group.get("capturable") and param.device.type == "cpu":
-            return AssertionError(
-                "If capturable=True, params and state_steps must be on supported devices: cuda, xpu, hpu, ...; not cpu"
-            )
-        return None
-
-    def before_torchs_step(self, optimizer: Optimizer) -> None:
-        """Does what torch's own step takes for done."""
-
-    def torchs_step_because(self, optimizer: Optimizer) -> str | None:
-        """Why every step of this object is torch's own; asked by the plan at the first one and when a class changes."""
-        cls = type(optimizer)
-        not_torchs = [vars(base) for base in cls.__mro__ if not base.__module__.startswith("torch.")]
-        for part in _PARTS_OF_STEP:
-            # Not vars(optimizer): Python makes a dict for it then, and every attribute takes longer from there on.
-            of_object = hasattr(cls, part) and getattr(optimizer, part) != getattr(cls, part).__get__(optimizer)
-            if of_object or any(part in names for names in not_torchs):
-                return f"{part} is not torch's"
-        if optimizer._step_supports_amp_scaling:  # type: ignore[attr-defined]
-            return "_step_supports_amp_scaling is set"
-        return None
 
 
 class FusedStep(_Base):
@@ -147,54 +94,7 @@ class FusedStep(_Base):
         Raises:
             ValueError: the state of a parameter is incomplete or of another shape; nothing was loaded.
         """
-        own: list[dict[str, Any]] = []
-        loaded: list[tuple[Tensor, dict[str, Any]]] = []
-        masters = self._fastopt_options is not None and self._fastopt_options.masters
-
-        def check(_: Optimizer, final: dict[str, Any]) -> None:
-            for group in self.param_groups:
-                own.append({name: group[name] for name in _IMPLEMENTATION if name in group})
-            for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
-                for param, key in zip(group["params"], saved["params"], strict=False):
-                    if entry := final["state"].get(key):
-                        _check_loaded(self, {**self.defaults, **saved}, param, key, entry)
-                        loaded.append((param, entry))
-
-        def restore(_: Optimizer) -> None:
-            for group, values in zip(self.param_groups, own, strict=True):
-                group.update(values)
-            groups = {param: group for group in self.param_groups for param in group["params"]}
-            for param, entry in loaded:
-                capturable, state_dtype = groups[param].get("capturable"), _state_dtype(self, param)
-                slots = {} if state_dtype is None else self._fastopt.slots(self, groups[param])
-                for name, value in entry.items():
-                    if not torch.is_tensor(value):
-                        if name in _OPTIONAL and _is_absent(value):
-                            self.state[param].pop(name)
-                        continue
-                    if name == "step":
-                        value = value.to(param.device, torch.float32) if capturable else value.cpu()
-                    elif name in slots:
-                        value = value.to(param.device, state_dtype)
-                    elif (value.dtype in KEPT and param.is_floating_point()) or is_companion(name, value, param):
-                        value = value.to(param.device)
-                    else:
-                        continue
-                    self.state[param][name] = value
-            if masters:
-                _drop_cast_companions(self, [param for param, _ in loaded])
-            if self._fastopt_options is not None:
-                averages.find_open(self)
-
-        handles = [
-            self.register_load_state_dict_pre_hook(check),  # the last: it sees what the user's hooks made of the file
-            self.register_load_state_dict_post_hook(restore, prepend=True),  # and the first
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+        load(self, super().load_state_dict, state_dict)
 
     # ---- zeroing
 
@@ -291,7 +191,7 @@ def drop_in(cls: type[Class]) -> type[Class]:
             self._fastopt_options = options
             for name, value in options.given.items():
                 setattr(self, name, value)
-            _remake_state(self)
+            remake_state(self)
         if self._step_supports_amp_scaling != said_by_subclass:
             self._step_supports_amp_scaling = said_by_subclass
 
@@ -359,23 +259,23 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
             elif made:
                 raise RuntimeError("state could not be made for a parameter: its step count must be a number")
             else:
-                _refuse_capture(answer.params)
+                refuse_capture(answer.params)
                 if is_left_out(self, extras):
                     return
                 first = extras is not None and extras.ema_decay is not None and averages.is_first_update(self)
                 params = dict.fromkeys(param for _, param in answer.params)
                 made = [(param, dict(self.state[param]) if param in self.state else None) for param in params]
                 fresh = [None]
-                fresh += _make_state(self, answer.params, extras)
+                fresh += make_state(self, answer.params, extras)
             answer = _C.step(self, fresh or None, extras)
     except BaseException:
         if fresh:
-            _unmake_state(self, made)
+            unmake_state(self, made)
         elif first:  # it was written
             averages.copy_first(self, [param for param, _ in made])
         raise
     if isinstance(answer, _C.LeftToTorch):
-        _unmake_state(self, made)  # torch makes its own
+        unmake_state(self, made)  # torch makes its own
         refuse_torchs_step(self, answer.reason)
         if is_left_out(self, extras, answer.reason):
             return
@@ -439,127 +339,6 @@ def _torchs_step(self: Any, reason: str) -> None:
     torch_steps[f"{type(self).__name__}: {reason}"] += 1
 
 
-# ---- state
-
-
-def _refuse_capture(missing: list[tuple[Group, Tensor]]) -> None:
-    """State that a graph makes is made again by each replay."""
-    if any(param.device.type == "cuda" for _, param in missing) and torch.cuda.is_current_stream_capturing():
-        from .gpu import NOT_WARM
-
-        raise RuntimeError(NOT_WARM)
-
-
-@_disable_dynamo
-@torch.no_grad()
-def _make_state(self: Any, missing: list[tuple[Group, Tensor]], extras: Extras | None) -> list[Tensor]:
-    """Makes the state of parameters at their first step, or what it lacks: a step count that can be read, an average.
-
-    Returns the parameters whose slots were made.
-    """
-    fresh = []
-    for group, param in missing:
-        state = self.state[param]
-        if self._fastopt.has_step and state:
-            state["step"] = _step_count(float(state["step"]), group, param)
-        else:
-            new = _new_state(self, group, param)
-            made = {name: value for name, value in new.items() if state.get(name) is None}
-            state.update(made)
-            fresh += [param] if made else []
-        if extras is not None:
-            add_state(self, param, extras, functools.partial(_step_count, group=group, param=param))
-    return fresh
-
-
-def _new_state(self: Any, group: Group, param: Tensor) -> dict[str, Tensor]:
-    state = {}
-    if self._fastopt.has_step:
-        state["step"] = _step_count(0.0, group, param)
-    like: dict[str, Any] = {"memory_format": torch.preserve_format, "requires_grad": False}
-    like["dtype"] = _state_dtype(self, param)
-    for name, value in self._fastopt.slots(self, group).items():
-        state[name] = torch.full_like(param, value, **like)
-    return state
-
-
-def _state_dtype(self: Any, param: Tensor) -> torch.dtype | None:
-    return None if self._fastopt_options is None else self._fastopt_options.state_dtype_of(param)
-
-
-@torch.no_grad()
-def _remake_state(self: Any) -> None:
-    """Gives state that torch's constructor has made the dtype that was asked for, and what the options add to it.
-
-    So that torch.distributed.checkpoint, which loads what is there, finds it all.
-    """
-    extras = self._fastopt_options.extras
-    for group in self.param_groups:
-        for param in group["params"]:
-            if param not in self.state:
-                continue
-            if _state_dtype(self, param) is not None:
-                new = _new_state(self, group, param)
-                self.state[param].update({name: new[name] for name in self._fastopt.slots(self, group)})
-            if extras is not None:
-                add_state(self, param, extras, functools.partial(_step_count, group=group, param=param))
-                if extras.ema_decay is not None:
-                    averages.leave_open(self, [param])
-
-
-def _unmake_state(self: Any, made: list[tuple[Tensor, dict[str, Any] | None]]) -> None:
-    for param, before in made:
-        if before is None:
-            self.state.pop(param, None)
-        else:
-            self.state[param].clear()
-            self.state[param].update(before)
-
-
-def _check_loaded(self: Any, group: Group, param: Tensor, key: Any, entry: dict[str, Any]) -> None:
-    has_step = self._fastopt.has_step
-    slots = list(self._fastopt.slots(self, group))
-    beside = [name for name, value in entry.items() if is_companion(name, value, param)]
-    beside += [averages.EMA] * (not _is_absent(entry.get(averages.EMA)))
-    for name in ["step"] * has_step + slots + beside:
-        value = entry.get(name)
-        if value is None and not has_step:
-            continue  # as torch: made at the next step
-        if value is None:
-            found = sorted(str(key) for key, value in entry.items() if value is not None)
-            raise ValueError(f"loaded state of parameter {key} has no {name!r}, only {found}")
-        if name == "step":
-            if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
-                raise ValueError(f"loaded 'step' of parameter {key} is no number: {value!r}")
-        elif not isinstance(value, Tensor):
-            raise ValueError(f"loaded {name!r} of parameter {key} is no tensor: {value!r}")
-        elif value.shape != param.shape:
-            shapes = f"shape {list(value.shape)}, the parameter {list(param.shape)}"
-            raise ValueError(f"loaded {name!r} of parameter {key} has {shapes}")
-
-
-def _is_absent(value: Any) -> bool:
-    """An empty dict is what `set_optimizer_state_dict` makes of an entry that a flattened file lacks."""
-    return value is None or (isinstance(value, dict) and not value)
-
-
-def _drop_cast_companions(self: Any, params: list[Tensor]) -> None:
-    """After a load: what is no master of a 16-bit parameter is made anew at the next step."""
-    lacking = [p for p in params if p.dtype in COMPANIONS and not has_companion(self.state[p], p)]
-    for param in lacking:
-        self.state[param].pop(COMPANIONS[param.dtype][0], None)
-    if lacking:
-        warnings.warn(NO_MASTERS.format(count=len(lacking)), stacklevel=_level_of_caller())
-
-
-def _level_of_caller() -> int:
-    """For a warning: how far up the line is that called this library, behind torch's wrappers."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastopt"):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 _step_with_hooks = Optimizer.profile_hook_step(FusedStep.step)
 _untraced_step, _untraced_step_if_unwatched = _disable_dynamo(_step), _disable_dynamo(_step_if_unwatched)
 _untraced_zero_grad = _disable_dynamo(FusedStep.zero_grad)
@@ -568,20 +347,3 @@ if _C is None:  # without the extension, torch's own are inherited
     del FusedStep.step, FusedStep.zero_grad, FusedStep.profile_hook_step
 else:
     _watched = _C.watched
-
-
-def _step_count(value: float, group: Group, param: Tensor) -> Tensor:
-    """As torch makes them: read by the host, or by a captured graph."""
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.tensor(value, dtype=dtype, device=param.device if group.get("capturable") else "cpu")
-
-
-def same_dtype(optimizer: Optimizer, param: Tensor, slot: str) -> Exception | None:
-    """For updates with a lerp of this slot, which torch does not promote."""
-    assert param.grad is not None
-    if param.grad.dtype != param.dtype:
-        return RuntimeError(f"expected dtype {param.dtype} for grad but got dtype {param.grad.dtype}")
-    state = optimizer.state.get(param, {}).get(slot)
-    if state is not None and state.dtype != param.dtype:
-        return RuntimeError(f"torch's own step expected dtype {param.dtype} for {slot!r} but got dtype {state.dtype}")
-    return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import Optimizer
 
-from .optimizer import Algorithm, FusedStep, Group, drop_in
+from .algorithm import Algorithm, Group
+from .optimizer import FusedStep, drop_in
 
 
 class _Algorithm(Algorithm):

@@ -48,6 +48,15 @@ void check_shape(const TensorImpl* state, const TensorImpl* param, const char* n
                                      ": move the state with the parameter, or delete its entry to start anew"));
 }
 
+void check_device(const TensorImpl* state, const TensorImpl* param, const char* name, Where where) {
+  if (state->device() == param->device()) return;
+  raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " is on ", state->device(), ", the parameter on ", param->device()));
+}
+[[noreturn]] void refuse_dtype(const TensorImpl* state, const TensorImpl* param, const char* name, Where where) {
+  raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has dtype ", dtype_text(state), ", which the arithmetic for a ",
+                                     dtype_text(param), " parameter does not hold"));
+}
+
 TensorImpl* tensor_or_null(PyObject* object) {    // isinstance may be a call into Python
   return object && (is_exact(object) || THPVariable_Check(object)) ? impl_of(object) : nullptr;
 }
@@ -245,14 +254,11 @@ DType Walk::check_state(const SeenParam& own, const Found& f, int k, DType param
   DType dtype;
   if (!own.state[k]) raise(PyExc_KeyError, c10::str("state['", name, "'] of ", where, " is missing: delete the entry to start anew, or load a complete state"));
   if (!tensor) refuse_object(own.state[k], name, where);
-  if (tensor->device() != param->device())
-    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " is on ", tensor->device(), ", the parameter on ", param->device()));
+  check_device(tensor, param, name, where);
   if (!is_plain(tensor)) throw Outside{"a state tensor is not a plain strided tensor"};
   check_shape(tensor, param, name, where);
   if (k == companion_slot) return check_written(tensor, name, where), param_dtype;   // its dtype is known
-  if (!dtype_of(tensor, dtype) || (dtype == DType::f64 && param_dtype != DType::f64))
-    raise(PyExc_RuntimeError, c10::str("state['", name, "'] of ", where, " has dtype ", dtype_text(tensor), ", which the arithmetic for a ",
-                                       dtype_text(param), " parameter does not hold"));
+  if (!dtype_of(tensor, dtype) || (dtype == DType::f64 && param_dtype != DType::f64)) refuse_dtype(tensor, param, name, where);
   check_written(tensor, name, where);
   return dtype;
 }
@@ -272,12 +278,10 @@ void Walk::check_averages() {
       TensorImpl* tensor = tensor_or_null(average.ptr());
       if (!tensor) refuse_object(average.ptr(), "ema", where);
       check_shape(tensor, param, "ema", where);
-      if (tensor->device() != param->device())
-        raise(PyExc_RuntimeError, c10::str("state['ema'] of ", where, " is on ", tensor->device(), ", the parameter on ", param->device()));
+      check_device(tensor, param, "ema", where);
       const auto dtype = tensor->dtype().toScalarType();
-      if (!c10::isFloatingType(dtype) && dtype != param->dtype().toScalarType())
-        raise(PyExc_RuntimeError, c10::str("state['ema'] of ", where, " has dtype ", dtype_text(tensor), ", which holds no average"));
-      check_written(tensor, "state['ema']", where);
+      if (!c10::isFloatingType(dtype) && dtype != param->dtype().toScalarType()) refuse_dtype(tensor, param, "ema", where);
+      check_written(tensor, "ema", where);
       if (!only_averaged) only_averaged = py::list();
       py::reinterpret_borrow<py::list>(only_averaged).append(py::handle(own.object));
     }
