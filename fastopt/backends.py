@@ -74,6 +74,11 @@ else:
 torch_steps: Counter[str] = Counter()
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured by this thread."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def count_left_to_torch(what: str, answer: Any) -> None:
     torch_steps[f"{what}: {answer.reason}"] += 1
 

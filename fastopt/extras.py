@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import clip_dtensors
 from .averages import all_params
-from .backends import _C, torch_steps
+from .backends import _C, is_capturing, torch_steps
 from .clip_grad import clip_grad_norm_, coefficient
 from .masters import COMPANIONS
 
@@ -250,16 +250,12 @@ def counts_on_gpu(optimizer: Any) -> bool:
     return all(group.get("capturable") for group in optimizer.param_groups)
 
 
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 @torch.no_grad()
 def is_left_out(optimizer: Any, extras: Extras | None, reason: str = "") -> bool:
     """Whether infinities are found, where the update cannot look: the host waits for it."""
     if extras is None or (found := extras.found_inf) is None:
         return False
-    if _is_captured(found.device):
+    if is_capturing(found.device):
         raise RuntimeError(NOT_SEEN_IN_A_GRAPH.format(reason=reason))
     if extras.searches:
         grads = [param.grad for param in all_params(optimizer) if param.grad is not None]
@@ -331,7 +327,7 @@ def _refuse_nonfinite_on_gpu(optimizer: Any, inverse_scale: float | Tensor | Non
         return None
     from . import gpu_passes
 
-    if gpu_passes.is_capturing(grads[0].device):
+    if is_capturing(grads[0].device):
         raise RuntimeError(NOT_IN_A_GRAPH)
     if (found := gpu_passes.search(grads, inverse_scale)) is None:
         return None

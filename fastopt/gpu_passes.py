@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .backends import _C
-from .gpu import DTYPES, NO_KERNEL, Uploads, _current, address_of, current_stream, joined_on_first, number_on
+from .backends import _C, is_capturing
+from .gpu import NO_KERNEL
+from .gpu_bucket import DTYPES
+from .gpu_memory import Uploads, address_of, current, current_stream, joined_on_first, number_on
 from .kernels import passes
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ def run(
     """
     device = torch.device(_C.gpu_type(), todo.device)
     done: Done = _C.DONE
-    with _current(device):
+    with current(device):
         if is_capturing(device):
             captured: LeftToTorch = _C.LeftToTorch(("a CUDA graph is being captured",))
             return captured
@@ -163,7 +165,7 @@ def search(
     devices = list(dict.fromkeys(grad.device for grad in grads))
     todo = []
     for device in devices:
-        with _current(device):
+        with current(device):
             if is_capturing(device):
                 return None
             answer = _C.total_norm([grad for grad in grads if grad.device == device], 2.0, False)
@@ -172,14 +174,14 @@ def search(
         todo.append(answer)
     parts = []
     for answer, device in zip(todo, devices, strict=True):
-        with _current(device):
+        with current(device):
             launches = Launches(answer, device)
             launches.partial_norms(None if inverse_scale is None else number_on(device, inverse_scale))
             parts.append(launches)
     first = parts[0]
     numbers = joined_on_first([part.numbers[: 2 + part.todo.programs] for part in parts], first.numbers)
     dtype = dtype or max((part.norm_dtype for part in parts), key=lambda dtype: dtype.itemsize)
-    with _current(first.device):
+    with current(first.device):
         norm = torch.empty((), dtype=dtype, device=first.device)
         first.finish(todo[0].norm, norm, numbers, sum(part.todo.programs for part in parts))
         return norm, numbers[1].float()
@@ -191,14 +193,6 @@ NOT_FINITE = (
 )
 
 
-def is_capturing(device: torch.device) -> bool:
-    return _is_cuda(device) and torch.cuda.is_current_stream_capturing()
-
-
 def _rounded(number: int) -> int:
     """Up to a power of two: a few more tensors want no other buffer."""
     return 1 << max(number - 1, 0).bit_length()
-
-
-def _is_cuda(device: torch.device) -> bool:
-    return device.type == "cuda"

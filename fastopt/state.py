@@ -10,13 +10,14 @@ from torch._compile import _disable_dynamo
 
 from .algorithm import Group
 from .averages import EMA, begun, leave_open
+from .backends import is_capturing
 from .extras import Extras, seed_of
 from .masters import COMPANIONS, add_companion
 
 
 def refuse_capture(missing: list[tuple[Group, Tensor]]) -> None:
     """State that a graph makes is made again by each replay."""
-    if any(param.device.type == "cuda" for _, param in missing) and torch.cuda.is_current_stream_capturing():
+    if any(is_capturing(param.device) for _, param in missing):
         from .gpu import NOT_WARM
 
         raise RuntimeError(NOT_WARM)

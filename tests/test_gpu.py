@@ -31,6 +31,7 @@ triton = pytest.importorskip("triton")
 from fastopt.kernels import multi_tensor, passes  # noqa: E402
 
 from fastopt import gpu as backend  # noqa: E402
+from fastopt import gpu_bucket, gpu_memory  # noqa: E402
 
 from .tools import driver  # noqa: E402
 
@@ -397,7 +398,7 @@ def test_second_step_allocates_nothing(row, idle_gpu):
 def test_memory_that_a_copy_may_still_read_is_not_written(gpu, monkeypatch):
     """As long as a staging buffer is not free it keeps what it holds; another one is taken, and later used again."""
     reading = []
-    monkeypatch.setattr(backend.Staging, "free", lambda staging: staging not in reading)
+    monkeypatch.setattr(gpu_memory.Staging, "free", lambda staging: staging not in reading)
 
     def step():
         for group in optimizer.param_groups:
@@ -586,11 +587,11 @@ def test_graphs_replay_steps(row, gpu, monkeypatch):
 def captured_words(monkeypatch, optimizer):
     """Captures a step: how many words each replay uploads, and how many captures must be held for it that were not."""
     monkeypatch.setattr(optimizer._fastopt_gpu, "_on_cuda", True)
-    before, graph = len(backend._held_for_graphs), Graph(monkeypatch)
+    before, graph = len(gpu_bucket.held_for_graphs), Graph(monkeypatch)
     with graph.capture():
         optimizer.step()
     copies = [work for work in graph.work if work.function is torch.Tensor.copy_]
-    return sum(work.arguments[0].numel() for work in copies), len(backend._held_for_graphs) - before
+    return sum(work.arguments[0].numel() for work in copies), len(gpu_bucket.held_for_graphs) - before
 
 
 @capturable_rows
@@ -670,7 +671,7 @@ def test_events_are_queried_and_memory_is_locked_whatever_another_thread_capture
         modes.append(mode) if "pin_memory" in options else None
         return make(*args, **options)
 
-    monkeypatch.setattr(backend, "_exchange_capture_mode", lambda: exchange)
+    monkeypatch.setattr(gpu_memory, "_exchange_capture_mode", lambda: exchange)
     monkeypatch.setattr(torch, "empty", empty)
     optimizer, params = stepped(next(row for row in ROWS if row.name == "Adam"))
     for _ in range(3):
@@ -678,7 +679,7 @@ def test_events_are_queried_and_memory_is_locked_whatever_another_thread_capture
             staging.copied = Event()
         params[0].grad = params[0].grad.clone()
         optimizer.step()
-    assert len(modes) == 1 + 3 + 3 and set(modes) == {backend.CAPTURE_MODE_RELAXED} and mode == 0
+    assert len(modes) == 1 + 3 + 3 and set(modes) == {gpu_memory.CAPTURE_MODE_RELAXED} and mode == 0
 
 
 @capturable_rows
@@ -735,7 +736,7 @@ def test_a_step_after_one_that_failed(part, capturable, gpu, monkeypatch):
     for t in range(2):  # at the first step, and at a later one
         param.grad = torch.randn(10)
         with monkeypatch.context() as patch:
-            patch.setattr(backend.Bucket if part == "upload" else multi_tensor.Launcher, part, fail)
+            patch.setattr(gpu_bucket.Bucket if part == "upload" else multi_tensor.Launcher, part, fail)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step()
         before = param.detach().clone()
@@ -992,17 +993,17 @@ def test_a_launch_that_fails_says_so():
 
 CAPTURE_MODE = """
     import ctypes
-    from fastopt import gpu
+    from fastopt import gpu_memory
 
     def mode(new):
         found = ctypes.c_int(new)
-        gpu._exchange_capture_mode()(ctypes.byref(found))
+        gpu_memory._exchange_capture_mode()(ctypes.byref(found))
         return found.value
 
-    with gpu._ThreadMayUseCuda():
-        assert mode(gpu.CAPTURE_MODE_RELAXED) == gpu.CAPTURE_MODE_RELAXED
+    with gpu_memory.ThreadMayUseCuda():
+        assert mode(gpu_memory.CAPTURE_MODE_RELAXED) == gpu_memory.CAPTURE_MODE_RELAXED
     assert mode(1) == 0
-    with gpu._ThreadMayUseCuda():
+    with gpu_memory.ThreadMayUseCuda():
         pass
     assert mode(0) == 1
 """

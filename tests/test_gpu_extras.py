@@ -23,7 +23,7 @@ triton = pytest.importorskip("triton")
 from fastopt.kernels import multi_tensor, passes  # noqa: E402
 
 from fastopt import gpu as backend  # noqa: E402
-from fastopt import gpu_passes  # noqa: E402
+from fastopt import gpu_bucket, gpu_passes  # noqa: E402
 
 from .test_gpu import CHUNK, Graph, capturable_rows, triton_serves_cpu_tensors  # noqa: E402
 from .test_gpu_passes import EXTREME, on_cpu  # noqa: E402
@@ -358,7 +358,7 @@ def test_a_kernel_that_cannot_be_made_changes_nothing(gpu, monkeypatch):
         raise RuntimeError("no ptxas")
 
     with monkeypatch.context() as patch:
-        patch.setattr(backend.passes, "step_norm_launcher", fail)
+        patch.setattr(gpu_bucket.passes, "step_norm_launcher", fail)
         with pytest.raises(RuntimeError, match="could not make fastopt's kernel of adam for cpu.*no ptxas"):
             optimizer.step()
     assert_same_bits(snapshot(optimizer), before, "refused")
@@ -724,7 +724,7 @@ def test_a_capture_that_cannot_be_right_is_refused(row, gpu, monkeypatch):
     with pytest.raises(RuntimeError, match="captured in a CUDA graph before it ran outside"):
         optimizer.step()
     optimizer._fastopt_options.error_if_nonfinite = True
-    monkeypatch.setattr(gpu_passes, "_is_cuda", lambda device: True)
+    monkeypatch.setattr("fastopt.extras.is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="error_if_nonfinite=True looks at the norm before anything is written"):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before, "refused")

@@ -435,8 +435,7 @@ def test_what_is_left_to_torch(idle_gpu, monkeypatch):
     ):
         with monkeypatch.context() as patched:
             if "captured" in reason:
-                patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-                patched.setattr(gpu_passes, "_is_cuda", lambda device: True)
+                patched.setattr(gpu_passes, "is_capturing", lambda device: True)
             if "triton" in reason:
                 patched.setitem(sys.modules, "fastopt.gpu_passes", None)
             before = dict(torch_steps)
