@@ -24,8 +24,9 @@ from torch.optim.optimizer import Optimizer
 
 from . import averages, clip_dtensors
 from .algorithm import Algorithm
+from .aside import is_left_out, refuse_torchs_step, step_with_changed_grads
 from .backends import _C, torch_steps
-from .extras import Extras, GradNorm, Options, SetByScaler, is_left_out, refuse_torchs_step
+from .extras import Extras, GradNorm, Options, SetByScaler
 from .loading import load
 from .state import make_state, refuse_capture, remake_state, unmake_state
 
@@ -287,7 +288,7 @@ def _follow(self: Any, answer: Answer, extras: Extras | None = None) -> None:
             if extras.ema_decay is not None:
                 averages.update_after_torchs_step(self, extras.ema_decay, first)
         else:
-            self._fastopt_options.aside(self, answer.reason, extras, _step_with)
+            step_with_changed_grads(self, answer.reason, extras, _step_with)
         return
     if isinstance(answer, _C.Launches):
         try:
