@@ -38,7 +38,8 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
         s = s + g * g                                     from initial_accumulator_value
         p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
 
-    State, made by the constructor: ``step`` (t) and ``sum`` (s), shaped as the parameter.
+    State, made by the constructor: ``step`` (t) and ``sum`` (s), shaped as the parameter; and what options add to it,
+    averages as NaN until the first step.
 
     Duchi, Hazan and Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, JMLR 2011.
 

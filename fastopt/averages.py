@@ -29,8 +29,9 @@ def all_params(optimizer: Any) -> list[Tensor]:
 
 def is_first_update(optimizer: Any) -> bool:
     """Whether no average was ever updated; to be asked before state is made."""
-    kept = [param for param, entry in optimizer.state.items() if _has_one(entry)]
-    return not kept or len(open_ones(optimizer)) == len(kept)
+    kept = [entry[EMA] for entry in optimizer.state.values() if _has_one(entry)]
+    waiting = open_ones(optimizer)
+    return not kept or 0 < len(waiting) == sum(_local(average).numel() > 0 for average in kept)
 
 
 def begun(optimizer: Any, param: Tensor) -> Tensor:
@@ -113,12 +114,12 @@ def open_ones(optimizer: Any) -> list[Tensor]:
     options = getattr(optimizer, "_fastopt_options", None)
     if options is None or not options.may_be_open:
         return []
-    return [param for param, entry in optimizer.state.items() if _has_one(entry) and is_open(entry[EMA])]
+    return [param for param, entry in optimizer.state.items() if _has_one(entry) and _is_open(entry[EMA])]
 
 
 def has_begun(entry: dict[str, Any]) -> bool:
     """Whether there is an average in a parameter's state, of whatever optimizer, and none to be loaded."""
-    return _has_one(entry) and not (_local(entry[EMA]).numel() and is_open(entry[EMA]))
+    return _has_one(entry) and not _is_open(entry[EMA])
 
 
 def find_open(optimizer: Any) -> None:
@@ -127,21 +128,17 @@ def find_open(optimizer: Any) -> None:
     optimizer._fastopt_options.may_be_open = bool(open_ones(optimizer))
 
 
-def is_open(average: Any) -> bool:
-    """Of a DTensor, the part that is here."""
-    return isinstance(average, Tensor) and bool(_local(average).isnan().all())
+def _is_open(average: Any) -> bool:
+    """Of a DTensor, the part that is here, unless it is empty: all processes shall have the same entries."""
+    local = _local(average)
+    return isinstance(local, Tensor) and local.numel() > 0 and bool(local.isnan().all())
 
 
 def begin_open(optimizer: Any) -> None:
-    """After a step: the first update of averages that are open; of parameters without gradient there are none."""
-    if _is_for_a_checkpoint():
-        return
-    params = open_ones(optimizer)
-    copy_first(optimizer, [param for param in params if param.grad is not None])
-    for param in params:
-        if param.grad is None:
-            del optimizer.state[param][EMA]
-    optimizer._fastopt_options.may_be_open = False
+    """After a step: the first update of averages that are open, also of parameters without gradient."""
+    if not _is_for_a_checkpoint():
+        copy_first(optimizer, open_ones(optimizer))
+        optimizer._fastopt_options.may_be_open = False
 
 
 def _is_for_a_checkpoint() -> bool:
