@@ -17,7 +17,7 @@ from .masters import COMPANIONS
 
 NOT_BESIDE = (
     "{option}: torch's own step would have to run, which rounds 16-bit parameters to nearest, because {reason}. "
-    "Nothing was changed. Step such parameters with an optimizer of their own."
+    "Nothing was changed. Step such parameters with an optimizer of their own, without {option}."
 )
 NOT_SEEN_IN_A_GRAPH = (
     "found_inf: torch's own step would have to run, because {reason}, and while a CUDA graph is captured nobody can "

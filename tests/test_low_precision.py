@@ -410,7 +410,7 @@ def test_bad_options(row):
     optimizer = row.ours(params, **row.plain, stochastic_rounding=True)
     give_gradients(params, 1)
     optimizer.step()
-    for seed in ("x", 0.5, torch.ones(2)):
+    for seed in ("x", 0.5, -1, 2**64, torch.ones(2)):
         optimizer.state[params[3]]["rounding_seed"] = seed
         before = copy.deepcopy([param.detach() for param in params])
         with pytest.raises(ValueError, match=re.escape(f"Invalid rounding_seed value: {seed!r}")):

@@ -216,8 +216,10 @@ void Walk::check_param(SeenParam& own, const Found& f, bool gpu_allowed) {
     if (draws) {
       if (!algorithm.has_step && (!own.step || own.step == Py_None || !check_count(own, f, batch, capturable))) return add_missing(own, f);
       if (!own.seed || !PyLong_Check(own.seed)) return add_missing(own, f);
+      const uint64_t seed = PyLong_AsUnsignedLongLong(own.seed);
+      if (PyErr_Occurred()) return PyErr_Clear(), add_missing(own, f);   // which refuses it
       const uint64_t position = uint64_t(&own - seen.data()) + f.shard * seen.size();
-      row.draws = {PyLong_AsUnsignedLongLongMask(own.seed), uint64_t(w.t), uint32_t(position)};
+      row.draws = {seed, uint64_t(w.t), uint32_t(position)};
     }
   }
   const bool is_first = !algorithm.has_step && std::binary_search(fresh_params.begin(), fresh_params.end(), own.object);
