@@ -104,6 +104,7 @@ class Options:
         self.masters, self.draws = bool(master_weights), bool(stochastic_rounding)
         changing = {"max_grad_norm": max_grad_norm, "ema_decay": ema_decay}
         self.given = {name: value for name, value in changing.items() if value is not None}
+        self.clips, self.averages = (name in self.given for name in changing)
         # What was made of the changing values, and of which: those of the last step.
         self.extras, self.values = self._extras(max_grad_norm, ema_decay), _UNSEEN
         if state_dtype is not None and state_dtype not in KEPT:
@@ -112,11 +113,11 @@ class Options:
         if self.masters and self.draws:
             raise ValueError(BOTH)
         self.rounding_seed = seed_of(rounding_seed)
-        if error_if_nonfinite and "max_grad_norm" not in self.given:
+        if error_if_nonfinite and not self.clips:
             raise ValueError("error_if_nonfinite=True needs max_grad_norm; float('inf') clips nothing")
         if self.any() and _C is None:
             raise RuntimeError(NO_EXTENSION)
-        if "max_grad_norm" in self.given and _is_made_by_zero() and _are_several():
+        if self.clips and _is_made_by_zero() and _are_several():
             raise RuntimeError(
                 "max_grad_norm: ZeroRedundancyOptimizer gives each process a part of the parameters; leave the option "
                 "out and call fastopt.clip_grad_norm_ with the parameters of the model before the step"
@@ -166,8 +167,8 @@ class Options:
     def of_step(self, optimizer: Any) -> Extras | None:
         """For the step that begins; None if it is the update alone."""
         self.norm = None
-        max_norm = optimizer.max_grad_norm if "max_grad_norm" in self.given else None
-        ema_decay = optimizer.ema_decay if "ema_decay" in self.given else None
+        max_norm = optimizer.max_grad_norm if self.clips else None
+        ema_decay = optimizer.ema_decay if self.averages else None
         if max_norm is not self.values[0] or ema_decay is not self.values[1]:
             self.values = _UNSEEN
             self.extras = self._extras(max_norm, ema_decay)
@@ -268,7 +269,7 @@ class GradNorm:
         if optimizer is None:
             return self
         options = optimizer._fastopt_options
-        if options is None or "max_grad_norm" not in options.given:
+        if options is None or not options.clips:
             raise AttributeError(f"'{cls.__name__}' object has no attribute 'grad_norm': it has no max_grad_norm")
         return options.norm if options.norm is not None else _C.grad_norm(optimizer)
 
