@@ -11,7 +11,7 @@ from torch import Tensor
 from . import clip_dtensors
 from .averages import all_params
 from .backends import is_capturing, torch_steps
-from .clip_grad import clip_grad_norm_, coefficient
+from .clip_grad import clip_grad_norm_, clip_grads_with_norm_, coefficient, get_total_norm
 from .extras import Extras
 from .masters import COMPANIONS
 
@@ -56,7 +56,12 @@ def step_with_changed_grads(
 def _clip(params: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor:
     """As in the step: also where torch's function refuses, for DTensors beside plain tensors or on several meshes."""
     meshes = clip_dtensors.meshes_of(params)
-    if not meshes or clip_dtensors.are_on_gpu(meshes) or not all(map(clip_dtensors.is_placed_as_its_grad, params)):
+    if meshes and not all(map(clip_dtensors.is_placed_as_its_grad, params)):
+        norm = get_total_norm([param.grad for param in params if param.grad is not None], 2.0, error_if_nonfinite)
+        # One by one: torch 2.10's product of a list leaves DTensors that are Partial as they were.
+        clip_grads_with_norm_(params, max_norm, norm, foreach=False)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not meshes or clip_dtensors.are_on_gpu(meshes):
         norm = clip_grad_norm_(params, max_norm, error_if_nonfinite=error_if_nonfinite)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     local: list[Any] = [getattr(param.grad, "_local_tensor", param.grad) for param in params]
