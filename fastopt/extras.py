@@ -53,8 +53,8 @@ class Extras(NamedTuple):
 
 def _number(name: str, value: Any, wanted: str, good: Callable[[float], bool]) -> float:
     try:
-        number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError):  # a list; a tensor of two
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a list; a tensor of two; 10**400
         number = math.nan
     if not good(number):
         raise ValueError(f"Invalid {name} value: {value}; it must be {wanted}")
@@ -123,6 +123,7 @@ class Options:
                 "out and call fastopt.clip_grad_norm_ with the parameters of the model before the step"
             )
         self.norm: Tensor | None = None  # of the last step, if it was not the plan's
+        self.left_out = False  # whether the last step was, for infinities
         # By fastopt.GradScaler: the inverse scale, and the norm; or found_inf, which the step is to find.
         self.searched: tuple[float | Tensor, float | Tensor] | None = None
         self.searches: tuple[Tensor, Tensor] | None = None
@@ -150,10 +151,16 @@ class Options:
 
     def skips(self, optimizer: Any) -> bool:
         """Whether the step is to be left out: a scaler found infinities. The host waits for a number on a GPU."""
-        found = self.found_inf
+        found, self.left_out = self.found_inf, False
         if found is None or optimizer._step_supports_amp_scaling or self._found_on_gpu(optimizer) is not None:
             return False  # its own step, or the update, looks at it
-        return bool((found != 0).any() if isinstance(found, Tensor) else found != 0)
+        if (found != 0).any() if isinstance(found, Tensor) else found != 0:
+            self.leave_out()
+        return self.left_out
+
+    def leave_out(self) -> None:
+        """A step, or until it begins."""
+        self.norm, self.left_out = None, True
 
     def _found_on_gpu(self, optimizer: Any) -> Tensor | None:
         """found_inf where the update reads it, and nothing waits."""
@@ -166,9 +173,9 @@ class Options:
 
     def of_step(self, optimizer: Any) -> Extras | None:
         """For the step that begins; None if it is the update alone."""
-        self.norm = None
-        max_norm = optimizer.max_grad_norm if self.clips else None
-        ema_decay = optimizer.ema_decay if self.averages else None
+        self.norm, self.left_out = None, False
+        max_norm = getattr(optimizer, "max_grad_norm", None) if self.clips else None
+        ema_decay = getattr(optimizer, "ema_decay", None) if self.averages else None
         if max_norm is not self.values[0] or ema_decay is not self.values[1]:
             self.values = _UNSEEN
             self.extras = self._extras(max_norm, ema_decay)
@@ -259,7 +266,7 @@ _ON_CPU = torch.empty(0)
 
 
 class GradNorm:
-    """`optimizer.grad_norm`: the norm of all gradients before clipping, at the last step; None before the first.
+    """`optimizer.grad_norm`: the norm of all gradients before clipping, at the last step; None if it did not clip.
 
     A tensor without dimensions, of its own each time it is asked for. Only where the optimizer was made with
     ``max_grad_norm``; and no more than a default: a subclass's attribute of this name hides it.
@@ -271,7 +278,7 @@ class GradNorm:
         options = optimizer._fastopt_options
         if options is None or not options.clips:
             raise AttributeError(f"'{cls.__name__}' object has no attribute 'grad_norm': it has no max_grad_norm")
-        return options.norm if options.norm is not None else _C.grad_norm(optimizer)
+        return options.norm if options.norm is not None or options.left_out else _C.grad_norm(optimizer)
 
 
 class SetByScaler:

@@ -84,8 +84,8 @@ class GradScaler(torch.amp.GradScaler):
                     options.searches = inv_scale, found_inf
                     return {found_inf.device: found_inf}
                 if grads and (found := _search_on_gpu(grads, inv_scale)):
-                    norm, found_inf = found
-                    options.searched = inv_scale, norm
+                    options.norm, found_inf = found  # if the step will be left out
+                    options.searched = inv_scale, options.norm
                     return {found_inf.device: found_inf}
             elif inv_scale.device.type == "cpu":
                 scale = inv_scale.item()
@@ -100,8 +100,11 @@ class GradScaler(torch.amp.GradScaler):
 
     def _maybe_opt_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """What torch's `step` does last, looking at what was found."""
-        if self._fastopt_optimizer is optimizer and cast(Any, optimizer)._fastopt_options.searches:
+        options: Any = getattr(optimizer, "_fastopt_options", None)
+        if self._fastopt_optimizer is optimizer and options.searches:
             return cast("float | None", optimizer.step())
+        if options is not None and options.searched is None:
+            options.leave_out()  # until the step begins
         return super()._maybe_opt_step(optimizer, *args, **kwargs)
 
 

@@ -64,7 +64,7 @@ class FusedStep(_Base):
         state: dict[str, Any] = super().__getstate__()
         if self._fastopt_options is not None:
             state["_fastopt_options"] = copy.copy(self._fastopt_options)
-            state |= {name: getattr(self, name) for name in self._fastopt_options.given}
+            state |= {name: getattr(self, name, None) for name in self._fastopt_options.given}
         return state
 
     @property

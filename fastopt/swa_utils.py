@@ -169,8 +169,8 @@ def _took_in(take_in: Callable[..., Any], averaged: AveragedModel, model: Module
 def averaged_parameters(*optimizers: Optimizer) -> Iterator[None]:
     """Within the context, the parameters have the values of their running averages: for an evaluation.
 
-    Afterwards they have their own again, bit for bit. Parameters without an average, which were never stepped, keep
-    their values.
+    Afterwards they have their own again, bit for bit: a step inside is lost. Parameters without an average, which were
+    never stepped, keep their values.
 
     Args:
         optimizers: those that have the averages, made with ``ema_decay``.

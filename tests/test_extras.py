@@ -159,7 +159,7 @@ def test_changed_between_steps_and_off(row):
         it.step()
     assert_same_bits(snapshot(optimizer), snapshot(plain), "off")
     before = copy.deepcopy(snapshot(optimizer))
-    for value in (0, -1.0, math.nan):
+    for value in (0, -1.0, math.nan, b"2", 10**400):
         optimizer.max_grad_norm = value
         with pytest.raises(ValueError, match="Invalid max_grad_norm value"):
             optimizer.step()
@@ -604,6 +604,17 @@ def test_a_parameter_without_gradient_is_averaged_once_however_often_it_is_liste
     params[1].data.fill_(3)
     optimizer.step()
     assert_same_bits(optimizer.state[params[1]]["ema"], torch.lerp(before, params[1].detach(), 0.5))
+
+
+def test_an_option_that_is_deleted_is_off():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = fastopt.SGD([param], lr=0.1, max_grad_norm=1.0, ema_decay=0.9)
+    give_gradients([param], 0)
+    optimizer.step()
+    del optimizer.max_grad_norm, optimizer.ema_decay
+    optimizer = copy.deepcopy(optimizer)
+    optimizer.step()
+    assert optimizer.grad_norm is None
 
 
 def test_averages_hold_nothing_from_step_to_step():

@@ -267,3 +267,29 @@ def test_found_inf_2_leaves_nan_in_torchs_fused_kernels():
         results.append(param.detach())
     assert torch.equal(results[1], torch.ones(3))
     assert results[0].isnan().all() or torch.equal(results[0], torch.ones(3))  # a torch that was mended
+
+
+def test_a_step_that_is_left_out_has_no_norm_of_the_one_before():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = fastopt.SGD([param], lr=0.1, max_grad_norm=1.0), fastopt.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+
+    def step(value, by_hand=False):
+        param.grad = torch.full((3,), value)
+        if by_hand:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        return optimizer.grad_norm
+
+    assert step(4.0).item() == pytest.approx(math.sqrt(3))
+    assert step(math.inf, by_hand=True) is None
+    assert step(2.0, by_hand=True) is not None
+    assert step(math.inf).item() == math.inf
+    assert step(2.0) is not None
+    param.grad, optimizer.found_inf = torch.ones(3), torch.tensor(1.0)
+    optimizer.step()
+    assert optimizer.grad_norm is None
+    optimizer.found_inf = None
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(3))
