@@ -473,7 +473,7 @@ def test_found_inf_where_torch_steps(row, gpu, monkeypatch):
     optimizer.found_inf.zero_()
     with pytest.raises(AssertionError, match="capturable=True"):
         optimizer.step()
-    monkeypatch.setattr("fastopt.extras._is_captured", lambda device: True)
+    monkeypatch.setattr("fastopt.aside.is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="because a parameter is complex, and while a CUDA graph is captured nobody"):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before, "left out or refused")
