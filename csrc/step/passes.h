@@ -50,7 +50,7 @@ using Passes = std::tuple<Scale, Clamp, Average, Mean>;
 // A pass's `algorithm` of a row.
 template <class Pass, class... Of> constexpr size_t place_of(std::tuple<Of...>*) {
   size_t place = 0;
-  ((std::is_same_v<Pass, Of> ? false : (place++, true)) && ...);
+  (void)((std::is_same_v<Pass, Of> ? false : (place++, true)) && ...);
   return place;
 }
 template <class Pass> constexpr size_t pass_at = std::tuple_size_v<Algorithms> + place_of<Pass>(static_cast<Passes*>(nullptr));
