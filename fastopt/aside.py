@@ -64,7 +64,7 @@ def _clip(params: list[Tensor], max_norm: float, error_if_nonfinite: bool) -> Te
     if not meshes or clip_dtensors.are_on_gpu(meshes):
         norm = clip_grad_norm_(params, max_norm, error_if_nonfinite=error_if_nonfinite)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    local: list[Any] = [getattr(param.grad, "_local_tensor", param.grad) for param in params]
+    local = [clip_dtensors.local_of(param.grad) for param in params]
 
     def norm_of(places: list[int]) -> float | Tensor:
         return clip_dtensors.local_norm([local[at] for at in places if local[at] is not None], 2.0)

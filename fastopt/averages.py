@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .clip_dtensors import local_of
 from .masters import master_of
 
 EMA = "ema"  # the key in a parameter's state
@@ -31,7 +32,7 @@ def is_first_update(optimizer: Any) -> bool:
     """Whether no average was ever updated; to be asked before state is made."""
     kept = [entry[EMA] for entry in optimizer.state.values() if _has_one(entry)]
     waiting = open_ones(optimizer)
-    return not kept or 0 < len(waiting) == sum(_local(average).numel() > 0 for average in kept)
+    return not kept or 0 < len(waiting) == sum(local_of(average).numel() > 0 for average in kept)
 
 
 def begun(optimizer: Any, param: Tensor) -> Tensor:
@@ -58,8 +59,9 @@ def update(optimizer: Any, params: list[Tensor], ema_decay: float, found_inf: Te
     params = list(dict.fromkeys(params))  # one may be listed twice
     if not params:
         return
-    averages = [_local(optimizer.state[param][EMA]) for param in params]
-    values = [_local(_weights(optimizer, param)) for param in params]
+    # Of DTensors what is here, since torch takes none beside plain tensors; an average is placed as its parameter.
+    averages = [local_of(optimizer.state[param][EMA]) for param in params]
+    values = [local_of(_weights(optimizer, param)) for param in params]
     values = [value.to(average.dtype) for value, average in zip(values, averages, strict=True)]
     if found_inf is None:
         torch._foreach_lerp_(averages, values, 1 - ema_decay)
@@ -83,12 +85,6 @@ def update_after_torchs_step(optimizer: Any, ema_decay: float, first: bool) -> N
 
 def _has_one(entry: dict[str, Any] | None) -> bool:
     return entry is not None and entry.get(EMA) is not None
-
-
-def _local(tensor: Any) -> Tensor:
-    """What is here of a DTensor, since torch takes none beside plain tensors; its average is placed as it is."""
-    local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local
 
 
 def _weights(optimizer: Any, param: Tensor) -> Tensor:
@@ -130,7 +126,7 @@ def find_open(optimizer: Any) -> None:
 
 def _is_open(average: Any) -> bool:
     """Of a DTensor, the part that is here, unless it is empty: all processes shall have the same entries."""
-    local = _local(average)
+    local = local_of(average)
     return isinstance(local, Tensor) and local.numel() > 0 and bool(local.isnan().all())
 
 

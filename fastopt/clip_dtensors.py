@@ -88,6 +88,11 @@ def _norm(numbers: Tensor, order: float) -> Tensor:
     return cast(Tensor, _C.total_norm(numbers, order, False))
 
 
+def local_of(tensor: Any) -> Any:
+    """What is here of a DTensor; anything else as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
 def any_dtensor(params: list[Any]) -> bool:
     """So that what is here of their gradients is not all."""
     module: Any = sys.modules.get("torch.distributed.tensor")
@@ -146,16 +151,16 @@ def norm_of_step(optimizer: Any, params: list[Any], extras: Extras) -> float | T
         return None
     if not are_on_gpu(meshes):
         return norm_over(meshes, functools.partial(_C.norm_of, optimizer)).item()
-    from .gpu_passes import NOT_FINITE  # and Triton with it
+    from . import gpu_passes  # and Triton with it
 
-    local: list[Any] = [getattr(param.grad, "_local_tensor", param.grad) for param in params]
+    local = [local_of(param.grad) for param in params]
 
     def norm_of(places: list[int]) -> float | Tensor:
         return _norm_on_gpu([local[at] for at in places if local[at] is not None], extras.inverse_scale)
 
     norm = norm_over(meshes, norm_of)
-    if extras.error_if_nonfinite and not norm.isfinite():
-        raise RuntimeError(NOT_FINITE.format(order=2.0))
+    if extras.error_if_nonfinite:
+        gpu_passes.refuse_nonfinite(norm, 2.0)
     return norm if any(param.dtype == torch.float64 for param in params) else norm.float()
 
 
@@ -218,6 +223,6 @@ def refuse_nonfinite(norm: Tensor, order: float) -> None:
 @torch.no_grad()
 def scale_(tensors: list[Any], factor: float) -> None:
     """Multiplies DTensors, or their local tensors, by a number, in place."""
-    local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+    local = [local_of(tensor) for tensor in tensors]
     if _C.scale_(local, factor):
         torch._foreach_mul_(local, factor)

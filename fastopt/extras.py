@@ -257,8 +257,7 @@ def _refuse_nonfinite_on_gpu(optimizer: Any, inverse_scale: float | Tensor | Non
         raise RuntimeError(NOT_IN_A_GRAPH)
     if (found := gpu_passes.search(grads, inverse_scale)) is None:
         return None
-    if not math.isfinite(found[0].item()):
-        raise RuntimeError(gpu_passes.NOT_FINITE.format(order=2.0))
+    gpu_passes.refuse_nonfinite(found[0], 2.0)
     return found[0]
 
 

@@ -134,8 +134,8 @@ def run(
         launches = Launches(todo, device)
         if name in ("norm", "clip"):
             norm = launches.norm()
-            if error_if_nonfinite and not math.isfinite(norm.item()):
-                raise RuntimeError(NOT_FINITE.format(order=todo.order))
+            if error_if_nonfinite:
+                refuse_nonfinite(norm, todo.order)
             if name == "clip":
                 launches.write("scale", launches.coefficient)
             return norm
@@ -191,6 +191,12 @@ NOT_FINITE = (
     "The total norm of order {order} for gradients from `parameters` is non-finite, so it cannot be clipped. To "
     "disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
 )
+
+
+def refuse_nonfinite(norm: Tensor, order: float) -> None:
+    """As torch's functions with ``error_if_nonfinite``; the norm, a number on a GPU, is waited for."""
+    if not math.isfinite(norm.item()):
+        raise RuntimeError(NOT_FINITE.format(order=order))
 
 
 def _rounded(number: int) -> int:
